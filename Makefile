@@ -1,0 +1,38 @@
+# Local verbs are CI's verbs. `make demo` and `make test` need nothing but Python 3.11+ and this folder.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+
+.PHONY: demo test test-all check bench clean
+.DEFAULT_GOAL := test
+
+$(VENV)/.installed-demo: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[digits]'
+	@touch $@
+
+$(VENV)/.installed-test: pyproject.toml $(VENV)/.installed-demo
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[digits,timm,test]'
+	@touch $@
+
+$(VENV)/.installed-check: pyproject.toml $(VENV)/.installed-test
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[digits,timm,test,check]'
+	@touch $@
+
+demo: $(VENV)/.installed-demo
+	$(BIN)/python examples/demo.py
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest
+
+test-all: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m 'slow or not slow'
+
+check: $(VENV)/.installed-check
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+clean:
+	rm -rf runs build *.egg-info

@@ -1,0 +1,247 @@
+"""`build`: begin or go on, run what is missing, seal."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from teacher_cache import samples as sample_table
+from teacher_cache.encodings import fidelity
+from teacher_cache.errors import SpecError
+from teacher_cache.fingerprint import bytes_digest
+from teacher_cache.manifest import (
+    Manifest,
+    Receipt,
+    TableRef,
+    Totals,
+    read_receipts,
+    write_manifest,
+)
+from teacher_cache.plan import Opened, begin, open_parts
+from teacher_cache.shard_job import ShardId, open_job, run_shard
+from teacher_cache.spec import BuildSpec
+from teacher_cache.storage import write_atomic
+from teacher_cache.storage.parquet_tables import table_bytes
+
+Executor = Literal["ray", "serial"]
+Progress = Callable[[int, int, int], None]
+"""Called after each shard with (rows done, rows in all, rows that this run has computed)."""
+
+
+@dataclass(frozen=True)
+class BuildReport:
+    """What a build did and what the cache now holds."""
+
+    path: str
+    rows: int
+    views: int
+    shards_total: int
+    shards_built: int
+    """In this run; the others were committed before."""
+    rows_built: int
+    seconds: float
+    """Of this run's shards, without opening the source and the teacher."""
+    bytes: int
+    teacher_accuracy: float | None
+    """Share of labelled rows, over all views, whose largest logit is the label."""
+    tombstones: tuple[tuple[str, str], ...]
+    """(key, reason) of samples that could not be decoded."""
+    fidelity: dict[str, dict[str, float]]
+    warnings: tuple[str, ...]
+
+    @property
+    def rows_per_second(self) -> float:
+        """Views rendered, answered and committed in a second."""
+        return self.rows_built / self.seconds if self.seconds else 0.0
+
+
+def build(spec: BuildSpec, executor: Executor = "ray", progress: Progress | None = None) -> BuildReport:
+    """Runs the teacher over every view that the cache does not hold yet, and seals the cache.
+
+    Killed at any moment, the same call goes on; a sealed cache is left as it is.
+
+    Args:
+        spec: what to build, and where.
+        executor: `ray` for one worker on each device, `serial` for a plain loop; both write the same bytes.
+        progress: told after each shard.
+
+    Raises:
+        RequestError: the spec names something impossible; nothing was written.
+        MismatchError: the folder holds a cache of something else.
+        WorkError: a shard could not be made; what was committed stays.
+    """
+    if executor not in ("ray", "serial"):
+        raise SpecError("executor", "must be ray or serial", executor, "Choose one of them.")
+    root = Path(spec.cache)
+    threads = torch.get_num_threads()
+    # The number of threads can change the last bit of a logit: it is part of the identity and set everywhere.
+    torch.set_num_threads(spec.compute.threads)
+    try:
+        opened = open_parts(spec)
+        manifest = begin(root, opened)
+        if manifest.state == "sealed":
+            _clear_receipts(root)
+            return _report(root, manifest, 0, 0, 0.0)
+        missing, done = _missing(root, manifest)
+        started = time.perf_counter()
+        built = _run(root, opened, manifest, missing, executor, _Counter(progress, manifest, done))
+        seconds = time.perf_counter() - started
+    finally:
+        torch.set_num_threads(threads)
+    sealed = seal(root, manifest)
+    return _report(root, sealed, len(missing), built, seconds)
+
+
+def _missing(root: Path, manifest: Manifest) -> tuple[list[ShardId], int]:
+    committed = {(receipt.view, receipt.shard) for receipt in read_receipts(root, manifest)}
+    every = [ShardId(view, shard) for view in range(manifest.views) for shard in range(manifest.grid.shards)]
+    done = sum(_rows(manifest, place) for place in every if place in committed)
+    return [place for place in every if place not in committed], done
+
+
+def _rows(manifest: Manifest, place: tuple[int, int]) -> int:
+    start, stop = manifest.grid.span(place[1])
+    return stop - start
+
+
+class _Counter:
+    """Adds up rows as receipts come in, and tells whoever shows the progress."""
+
+    def __init__(self, progress: Progress | None, manifest: Manifest, done: int) -> None:
+        self.progress, self.total = progress, manifest.rows * manifest.views
+        self.done, self.built = done, 0
+        self._tell()
+
+    def add(self, rows: int) -> None:
+        self.done += rows
+        self.built += rows
+        self._tell()
+
+    def _tell(self) -> None:
+        if self.progress is not None:
+            self.progress(self.done, self.total, self.built)
+
+
+def _run(
+    root: Path,
+    opened: Opened,
+    manifest: Manifest,
+    missing: list[ShardId],
+    executor: Executor,
+    counter: _Counter,
+) -> int:
+    for receipt in _receipts(root, opened, manifest, missing, executor):
+        counter.add(_rows(manifest, (receipt.view, receipt.shard)))
+    return counter.built
+
+
+def _receipts(
+    root: Path, opened: Opened, manifest: Manifest, missing: list[ShardId], executor: Executor
+) -> Iterator[Receipt]:
+    if not missing:
+        return
+    if executor == "serial":
+        job = open_job(root, manifest, opened)
+        for place in missing:
+            yield run_shard(job, place)
+    else:
+        from teacher_cache.precompute import run_on_ray
+
+        yield from run_on_ray(root, manifest, opened.spec, missing)
+
+
+def seal(root: Path, manifest: Manifest) -> Manifest:
+    """Turns the receipts of a complete cache into one table, and the manifest into its root.
+
+    The order makes a kill harmless: tables under new names, then the manifest, then the receipts go.
+    """
+    receipts = read_receipts(root, manifest)
+    beginning = sample_table.read_samples(root, manifest.samples)
+    final = sample_table.with_receipts(beginning, manifest, receipts)
+    records = [(receipt, record) for receipt in receipts for record in receipt.files]
+    data = table_bytes(
+        {
+            "view": [receipt.view for receipt, _ in records],
+            "shard": [receipt.shard for receipt, _ in records],
+            "path": [record.path for _, record in records],
+            "size": [record.size for _, record in records],
+            "crc32c": [record.crc32c for _, record in records],
+            "root": [record.root for _, record in records],
+        }
+    )
+    table = TableRef(path=f"receipts-{bytes_digest(data)[:12]}.parquet", digest=bytes_digest(data))
+    write_atomic(root, table.path, data)
+    samples = sample_table.write_samples(root, final)
+    sealed = manifest.model_copy(
+        update={
+            "state": "sealed",
+            "samples": samples,
+            "receipts": table,
+            "totals": _totals(manifest, receipts),
+        }
+    )
+    write_manifest(root, sealed)
+    if samples.path != manifest.samples.path:
+        (root / manifest.samples.path).unlink(missing_ok=True)
+    _clear_receipts(root)
+    return sealed
+
+
+def _totals(manifest: Manifest, receipts: Iterable[Receipt]) -> Totals:
+    receipts = list(receipts)
+    return Totals(
+        bytes=sum(record.size for receipt in receipts for record in receipt.files),
+        tombstones=len({row for receipt in receipts for row, _ in receipt.tombstones}),
+        labelled=sum(receipt.labelled for receipt in receipts),
+        correct=sum(receipt.correct for receipt in receipts),
+        fidelity={
+            field: fidelity.total(r.fidelity[field] for r in receipts if field in r.fidelity)
+            for field in manifest.fields
+        },
+    )
+
+
+def _clear_receipts(root: Path) -> None:
+    folder = root / "receipts"
+    if folder.is_dir():
+        for path in folder.glob("*.json"):
+            path.unlink()
+        folder.rmdir()
+
+
+def _report(root: Path, manifest: Manifest, shards: int, rows: int, seconds: float) -> BuildReport:
+    assert manifest.totals is not None, "a sealed manifest has totals"
+    totals = manifest.totals
+    table = sample_table.read_samples(root, manifest.samples)
+    accuracy = totals.correct / totals.labelled if totals.labelled else None
+    return BuildReport(
+        path=str(root),
+        rows=manifest.rows,
+        views=manifest.views,
+        shards_total=manifest.views * manifest.grid.shards,
+        shards_built=shards,
+        rows_built=rows,
+        seconds=seconds,
+        bytes=totals.bytes,
+        teacher_accuracy=accuracy,
+        tombstones=tuple((k, r) for k, r in zip(table.keys, table.reasons, strict=True) if r),
+        fidelity=totals.fidelity,
+        warnings=_warnings(manifest, accuracy),
+    )
+
+
+def _warnings(manifest: Manifest, accuracy: float | None) -> tuple[str, ...]:
+    if accuracy is None or "logits" not in manifest.field_shapes:
+        return ()
+    chance = 1 / manifest.field_shapes["logits"][0]
+    if accuracy >= chance + 0.1 * (1 - chance):
+        return ()
+    return (
+        f"The teacher's accuracy on the labels is {accuracy:.1%}, near chance ({chance:.1%}). "
+        "Check teacher.normalize (mean and std), the recipe's size, and the order of the classes.",
+    )

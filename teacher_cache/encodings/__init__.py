@@ -1,0 +1,46 @@
+"""Step 4, encoding: what is kept of a field, with a declared and measured error."""
+
+from __future__ import annotations
+
+from typing import assert_never
+
+from teacher_cache.encodings.base import Columns, Encoding, Part, row_bytes
+from teacher_cache.encodings.dense import Dense
+from teacher_cache.encodings.target import DenseTarget, SparseTarget, Target
+from teacher_cache.encodings.top_k import TopKLogits
+from teacher_cache.errors import SpecError
+from teacher_cache.spec import DenseF16, DenseF32, EncodingSpec, TopK
+
+__all__ = [
+    "Columns",
+    "Dense",
+    "DenseTarget",
+    "Encoding",
+    "Part",
+    "SparseTarget",
+    "Target",
+    "TopKLogits",
+    "open_encoding",
+    "row_bytes",
+]
+
+
+def open_encoding(spec: EncodingSpec, shape: tuple[int, ...], field: str) -> Encoding:
+    """The encoding that a configuration names, for rows of a shape.
+
+    Args:
+        spec: kind and parameters.
+        shape: of one row of the field, as the teacher gives it.
+        field: the field's name, for messages.
+    """
+    match spec:
+        case DenseF32():
+            return Dense(shape, "float32")
+        case DenseF16():
+            return Dense(shape, "float16")
+        case TopK():
+            if spec.k > shape[0]:
+                where, rule = f"teacher.fields.{field}.encoding.k", f"must be at most {shape[0]}, the classes"
+                raise SpecError(where, rule, spec.k, "Lower it, or use dense_f16.")
+            return TopKLogits(shape[0], spec.k)
+    assert_never(spec)

@@ -1,0 +1,68 @@
+"""Fidelity: what an encoding lost, measured on real rows while the exact values are in hand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from teacher_cache.encodings.target import Target
+
+TEMPERATURES = (1, 2, 4)
+
+
+def measure_logits(exact_BC: Tensor, target: Target) -> dict[str, float]:
+    """Sums over rows of what was lost, to be added up over shards.
+
+    Args:
+        exact_BC: float32, the teacher's own logits.
+        target: the same rows, encoded and decoded.
+
+    Returns:
+        `rows`; `kl_t1`, `kl_t2`, `kl_t4` (Σ KL(teacher ‖ decoded), in nats); `top1` (rows whose largest class
+        is the same); `mass_error` (largest |Σ p − 1|).
+    """
+    found = {"rows": float(len(exact_BC))}
+    for temperature in TEMPERATURES:
+        exact_logp = torch.log_softmax(exact_BC.double() / temperature, dim=1)
+        decoded_logp = target.log_probs(temperature).double()
+        kl_B = (exact_logp.exp() * (exact_logp - decoded_logp)).sum(1)
+        found[f"kl_t{temperature}"] = float(kl_B.sum())
+    probs_BC = target.log_probs(1).double().exp()
+    found["top1"] = float((probs_BC.argmax(1) == exact_BC.argmax(1)).sum())
+    found["mass_error"] = float((probs_BC.sum(1) - 1).abs().max())
+    return found
+
+
+def measure_feature(exact: Tensor, target: Target) -> dict[str, float]:
+    """`rows`, Σ squared error and Σ squares: their ratio is the relative squared error."""
+    values = exact.double()
+    error = target.dense().values.double() - values
+    return {
+        "rows": float(len(exact)),
+        "squared_error": float(error.square().sum()),
+        "squares": float(values.square().sum()),
+    }
+
+
+def total(measured: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """Sums over shards to means over rows.
+
+    Returns:
+        For logits: `rows`, mean `kl_t1`, `kl_t2`, `kl_t4`, `top1` agreement, largest `mass_error`. For features:
+        `rows` and `relative_squared_error`.
+    """
+    sums: dict[str, float] = {}
+    for shard in measured:
+        for name, value in shard.items():
+            sums[name] = (
+                max(sums.get(name, 0.0), value) if name == "mass_error" else sums.get(name, 0.0) + value
+            )
+    rows = sums.pop("rows", 0.0)
+    if not rows:
+        return {"rows": 0.0}
+    if "squares" in sums:
+        relative = sums["squared_error"] / sums["squares"] if sums["squares"] else 0.0
+        return {"rows": rows, "relative_squared_error": relative}
+    return {"rows": rows, **{k: v if k == "mass_error" else v / rows for k, v in sums.items()}}

@@ -1,0 +1,199 @@
+"""From a spec to a manifest: opens everything once, probes the teacher, and names what will decide the bytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torchvision
+
+from teacher_cache import samples as sample_table
+from teacher_cache.errors import MismatchError, SourceError, TeacherError
+from teacher_cache.fingerprint import fingerprint, key_digests
+from teacher_cache.manifest import MANIFEST, Identity, Manifest, TableRef, read_manifest, write_manifest
+from teacher_cache.sources import BrokenSample, Source, open_source, source_fingerprint
+from teacher_cache.spec import BuildSpec
+from teacher_cache.storage import open_store, remove_temporary, write_atomic
+from teacher_cache.teachers import Teacher, load_teacher, resolve_device
+from teacher_cache.views import Recipe, Views, open_recipe, render_views
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A spec with its parts opened: what both the planner and a worker need."""
+
+    spec: BuildSpec
+    source: Source
+    digests: np.ndarray[Any, np.dtype[np.uint64]]
+    recipe: Recipe
+    teacher: Teacher
+
+    def view_of(self, rows: list[int], view: int) -> Views:
+        """Decodes and renders some rows; raises `BrokenSample`."""
+        images = [self.source.item(row).image_CHW for row in rows]
+        return render_views(self.recipe, images, self.digests[rows], view)
+
+
+def open_parts(spec: BuildSpec) -> Opened:
+    """Opens source, recipe and teacher.
+
+    Raises:
+        RequestError: one of them cannot be opened, or two keys of the source share a digest.
+    """
+    source = open_source(spec.source)
+    digests = key_digests(source.keys)
+    if len(np.unique(digests)) != len(digests):
+        hint = "Rename one of the two samples; this happens about once in 2⁶⁴ pairs."
+        raise SourceError("source", "gives two keys one 64-bit digest", "collision", hint)
+    recipe = open_recipe(spec.views)
+    teacher = load_teacher(spec.teacher, recipe.normalize, resolve_device(spec.compute.device))
+    return Opened(spec, source, digests, recipe, teacher)
+
+
+def first_views(opened: Opened, count: int = 1) -> tuple[list[int], Views]:
+    """View 0 of the first `count` samples that can be decoded (fewer where the source is smaller)."""
+    rows: list[int] = []
+    for row in range(len(opened.source)):
+        try:
+            opened.source.item(row)
+        except BrokenSample:
+            continue
+        rows.append(row)
+        if len(rows) == count:
+            break
+    if not rows:
+        raise SourceError(
+            "source", "has no sample that can be decoded", len(opened.source), "Check the files."
+        )
+    return rows, opened.view_of(rows, 0)
+
+
+def draft(opened: Opened) -> Manifest:
+    """The manifest of a build that has not begun, from one probe of the teacher.
+
+    Raises:
+        TeacherError: its logits do not fit the class names.
+    """
+    spec, source, recipe = opened.spec, opened.source, opened.recipe
+    _, views = first_views(opened)
+    shape = tuple(views.pixels_BCHW.shape[1:])
+    shapes = probe(opened, shape)
+    described = spec.model_dump(mode="json", exclude={"cache": True, "compute": {"workers", "attempts"}})
+    return Manifest(
+        state="building",
+        identity=_identity(opened, shapes),
+        rows=len(source),
+        views=spec.views.count,
+        view_shape=shape,
+        param_names=recipe.param_names,
+        promise=recipe.promise,
+        recipe=recipe.describe(),
+        teacher=spec.teacher.name,
+        fields=spec.teacher.fields,
+        field_shapes=shapes,
+        class_names=source.class_names,
+        store=spec.store,
+        spec=described,
+        versions={
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+            "numpy": np.__version__,
+        },
+        samples=TableRef(path="", digest=""),
+    )
+
+
+def probe(opened: Opened, view_shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """Runs one empty micro-batch through the teacher: the shape of one row of each field."""
+    spec = opened.spec.teacher
+    batch = torch.zeros((spec.micro_batch, *view_shape), dtype=torch.uint8)
+    try:
+        answer = opened.teacher(batch)
+    except (RuntimeError, ValueError) as error:
+        hint = "Check the recipe's size, the channels and the weights."
+        raise TeacherError(
+            "teacher.model", f"fails on a view {view_shape}: {error}", spec.model, hint
+        ) from error
+    shapes = {name: tuple(value.shape[1:]) for name, value in answer.items()}
+    _check_classes(opened, shapes)
+    return shapes
+
+
+def _check_classes(opened: Opened, shapes: dict[str, tuple[int, ...]]) -> None:
+    names, own = opened.source.class_names, opened.spec.teacher.class_names
+    logits = shapes.get("logits")
+    if logits is not None and len(logits) != 1:
+        raise TeacherError("teacher.fields.logits", "must be [batch, classes]", logits, "Use another model.")
+    if logits is not None and names is not None and logits[0] != len(names):
+        hint = "Use weights for these classes, or give the source the teacher's class names."
+        raise TeacherError("teacher.model", f"must answer for the {len(names)} class names", logits[0], hint)
+    if own is not None and names is not None and own != names:
+        differs = next(
+            (i for i, pair in enumerate(zip(own, names, strict=False)) if pair[0] != pair[1]), len(names)
+        )
+        hint = f"They differ first at class {differs}; the teacher's head and the labels must have one order."
+        raise TeacherError("teacher.class_names", "must equal the source's class names, in order", own, hint)
+
+
+def _identity(opened: Opened, shapes: dict[str, tuple[int, ...]]) -> Identity:
+    spec = opened.spec
+    fields = {name: field.model_dump(mode="json") for name, field in spec.teacher.fields.items()}
+    return Identity(
+        source=source_fingerprint(opened.source),
+        recipe=fingerprint("views", 1, {"recipe": opened.recipe.fingerprint, "count": spec.views.count}),
+        view=opened.recipe.view_fingerprint,
+        teacher=opened.teacher.fingerprint,
+        encoding=fingerprint(
+            "encoding", 1, {"fields": fields, "shapes": {k: list(v) for k, v in shapes.items()}}
+        ),
+        store=fingerprint("store", 1, spec.store.model_dump(mode="json")),
+        numerics=fingerprint(
+            "numerics",
+            1,
+            {
+                "micro_batch": spec.teacher.micro_batch,
+                "threads": spec.compute.threads,
+                "device": resolve_device(spec.compute.device),
+                "fidelity": spec.fidelity.model_dump(mode="json"),
+            },
+        ),
+    )
+
+
+_HINTS = {
+    "source": "The data set changed since the cache was begun: restore it, or begin a new cache.",
+    "recipe": "Restore `views` as it was, or begin a new cache.",
+    "teacher": "This is a cache of another teacher (weights, preprocessing or precision): begin a new cache.",
+    "encoding": "Restore `teacher.fields` as they were, or begin a new cache.",
+    "store": "Restore `store` as it was, or begin a new cache.",
+    "numerics": "Restore `teacher.micro_batch`, `compute` and `fidelity`, or begin a new cache.",
+}
+
+
+def begin(root: Path, opened: Opened) -> Manifest:
+    """Begins a cache, or goes on with the one that is there if it is the same.
+
+    Raises:
+        MismatchError: a cache is there that was begun with another source, teacher, recipe or encoding.
+        BuildError: the folder cannot be written.
+    """
+    planned = draft(opened)
+    if (root / MANIFEST).exists():
+        found = read_manifest(root)
+        for part, hint in _HINTS.items():
+            ours, theirs = getattr(planned.identity, part), getattr(found.identity, part)
+            if ours != theirs:
+                raise MismatchError(part, f"must have the cache's fingerprint {theirs}", ours, hint)
+        remove_temporary(root)
+        return found
+    table = sample_table.write_samples(root, sample_table.of_source(opened.source))
+    manifest = planned.model_copy(update={"samples": table})
+    store = open_store(manifest.store.kind, manifest.grid)
+    groups = [group for view in range(manifest.views) for group in manifest.groups(view)]
+    for path, data in store.metadata(groups).items():
+        write_atomic(root, path, data)
+    write_manifest(root, manifest)
+    return manifest

@@ -1,0 +1,143 @@
+"""Shards on Ray: one long-lived actor for each device, one call for each shard, nothing held but receipts.
+
+The only file that imports ray. The actor writes and commits inside the call, so the driver may die at any
+moment; a shard whose worker died is tried again by a new one, with our own count of attempts, because a poison
+shard must not be retried for ever.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from ray.exceptions import RayActorError, RayTaskError
+
+from teacher_cache.errors import BuildError, TeacherCacheError
+from teacher_cache.manifest import Manifest, Receipt, receipt_path
+from teacher_cache.shard_job import Job, ShardId, open_job_from, run_shard
+from teacher_cache.spec import BuildSpec, ComputeSpec
+from teacher_cache.teachers import resolve_device
+
+_IN_FLIGHT = 2
+
+
+class ShardWorker:
+    """Runs shards in a process of its own. Opens source, recipe and teacher once."""
+
+    def __init__(self, root: str, manifest: str, spec: BuildSpec, search_path: list[str]) -> None:
+        sys.path[:] = search_path
+        torch.set_num_threads(spec.compute.threads)
+        self._job: Job = open_job_from(Path(root), Manifest.model_validate_json(manifest), spec)
+
+    def run(self, view: int, shard: int) -> bytes:
+        """One shard, written and committed; returns its receipt."""
+        return run_shard(self._job, ShardId(view, shard)).to_bytes()
+
+
+def worker_count(compute: ComputeSpec) -> int:
+    """One worker for each GPU; on CPUs, one for each `threads` cores."""
+    if compute.workers is not None:
+        return compute.workers
+    if resolve_device(compute.device) == "cuda":
+        return torch.cuda.device_count()
+    return max(1, (os.cpu_count() or 1) // compute.threads)
+
+
+def run_on_ray(root: Path, manifest: Manifest, spec: BuildSpec, places: list[ShardId]) -> Iterator[Receipt]:
+    """Yields the receipt of each shard as it is committed, in whatever order the workers finish.
+
+    Raises:
+        BuildError: a shard killed its worker as often as `compute.attempts` allows.
+        TeacherCacheError: whatever the shard job raised, as it raised it.
+    """
+    count = min(worker_count(spec.compute), len(places))
+    on_gpu = resolve_device(spec.compute.device) == "cuda"
+    ours = not ray.is_initialized()
+    if ours:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        ray.init(
+            num_cpus=count * spec.compute.threads,
+            include_dashboard=False,
+            logging_level="ERROR",
+            log_to_driver=False,
+            configure_logging=False,
+        )
+    pool = _Pool(root, manifest, spec, count, on_gpu)
+    try:
+        yield from pool.run(places)
+    finally:
+        pool.stop()
+        if ours:
+            ray.shutdown()
+
+
+class _Pool:
+    """Workers with at most two calls in flight each, and the shards that still wait."""
+
+    def __init__(self, root: Path, manifest: Manifest, spec: BuildSpec, count: int, on_gpu: bool) -> None:
+        resources: dict[str, Any] = {"num_cpus": spec.compute.threads, "num_gpus": 1 if on_gpu else 0}
+        self._actor = ray.remote(**resources, max_restarts=0, max_task_retries=0)(ShardWorker)
+        # The API key is excluded from every dump on purpose; pickling the model carries it to the workers.
+        self._arguments = (str(root.absolute()), manifest.model_dump_json(), spec, list(sys.path))
+        self._attempts_allowed = spec.compute.attempts
+        self._attempts: dict[ShardId, int] = {}
+        self._workers = [self._start() for _ in range(count)]
+        self._calls: dict[Any, tuple[int, ShardId]] = {}
+
+    def _start(self) -> Any:
+        return self._actor.remote(*self._arguments)
+
+    def run(self, places: list[ShardId]) -> Iterator[Receipt]:
+        """The receipts of all these shards."""
+        waiting = deque(places)
+        for _ in range(_IN_FLIGHT):
+            for worker in range(len(self._workers)):
+                self._submit(worker, waiting)
+        while self._calls:
+            (ready,), _ = ray.wait(list(self._calls), num_returns=1)
+            worker, place = self._calls.pop(ready)
+            try:
+                data = ray.get(ready)
+            except RayActorError as error:
+                self._bury(worker, place, waiting, error)
+                continue
+            except RayTaskError as error:
+                cause = error.cause
+                raise (cause if isinstance(cause, TeacherCacheError) else error) from None
+            self._submit(worker, waiting)
+            yield Receipt.from_bytes(data, receipt_path(*place))
+
+    def _submit(self, worker: int, waiting: deque[ShardId]) -> None:
+        if waiting:
+            place = waiting.popleft()
+            self._calls[self._workers[worker].run.remote(place.view, place.shard)] = (worker, place)
+
+    def _bury(self, worker: int, place: ShardId, waiting: deque[ShardId], error: RayActorError) -> None:
+        """Replaces a dead worker; its oldest shard is suspected, the one behind it goes back unharmed."""
+        lost = [place, *(other for owner, other in self._calls.values() if owner == worker)]
+        for call in [call for call, (owner, _) in self._calls.items() if owner == worker]:
+            del self._calls[call]
+        oldest = min(lost)
+        self._attempts[oldest] = self._attempts.get(oldest, 0) + 1
+        if self._attempts[oldest] >= self._attempts_allowed:
+            name = f"view {oldest.view}, shard {oldest.shard}"
+            hint = "Run with --executor serial to see why; memory is the usual reason."
+            raise BuildError(
+                name, f"killed its worker {self._attempts[oldest]} times", error, hint
+            ) from error
+        waiting.extendleft(sorted(lost, reverse=True))
+        self._workers[worker] = self._start()
+        for _ in range(_IN_FLIGHT):
+            self._submit(worker, waiting)
+
+    def stop(self) -> None:
+        """Kills the workers; a shard that is half written has a temporary name only."""
+        for worker in self._workers:
+            ray.kill(worker)

@@ -1,0 +1,113 @@
+"""The sample table: key, label, size, content digest and status of every row; a row's place is its number."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from teacher_cache.errors import CorruptionError, TombstoneError
+from teacher_cache.fingerprint import bytes_digest
+from teacher_cache.manifest import Manifest, Receipt, TableRef
+from teacher_cache.sources import Source
+from teacher_cache.storage import write_atomic
+from teacher_cache.storage.parquet_tables import read_table, table_bytes
+
+ALIVE = ""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What is known of every row."""
+
+    keys: list[str]
+    labels: NDArray[np.int64] | None
+    sizes: NDArray[np.int64]
+    content: NDArray[np.uint64]
+    """Digest of the bytes that were read when building; 0 while nobody has read them."""
+    reasons: list[str]
+    """Why a row is a tombstone; empty for a row that is alive."""
+
+    @property
+    def alive(self) -> NDArray[np.bool_]:
+        """True for rows that are no tombstone, [N]."""
+        return np.array([reason == ALIVE for reason in self.reasons], np.bool_)
+
+    def require_alive(self, rows: NDArray[np.int64]) -> None:
+        """Raises `TombstoneError` naming the first of these rows that has no data."""
+        for row in rows.tolist():
+            if self.reasons[row] != ALIVE:
+                hint = "Leave it out: `cache.alive` says which rows have data."
+                raise TombstoneError(f"row {row} ({self.keys[row]})", self.reasons[row], "tombstone", hint)
+
+
+def of_source(source: Source) -> Samples:
+    """The table at the beginning of a build: nothing has been read yet."""
+    count = len(source)
+    return Samples(source.keys, source.labels, source.sizes, np.zeros(count, np.uint64), [ALIVE] * count)
+
+
+def with_receipts(samples: Samples, manifest: Manifest, receipts: Sequence[Receipt]) -> Samples:
+    """The table with what the committed shards have found out.
+
+    Raises:
+        CorruptionError: two views of one sample were read from different bytes: the source changed meanwhile.
+    """
+    content, reasons = samples.content.copy(), list(samples.reasons)
+    for receipt in receipts:
+        start, stop = manifest.grid.span(receipt.shard)
+        known = content[start:stop]
+        differs = (known != 0) & (receipt.content != 0) & (known != receipt.content)
+        if differs.any():
+            key = samples.keys[start + int(differs.argmax())]
+            hint = "Begin a new cache: this one holds answers for both contents."
+            raise CorruptionError(key, "changed in the source during the build", f"view {receipt.view}", hint)
+        content[start:stop] = np.maximum(known, receipt.content)
+        for row, reason in receipt.tombstones:
+            reasons[row] = reason
+    return Samples(samples.keys, samples.labels, samples.sizes, content, reasons)
+
+
+def write_samples(root: Path, samples: Samples) -> TableRef:
+    """Writes the table under a name made of its digest, so that an older manifest keeps its own."""
+    data = table_bytes(
+        {
+            "key": samples.keys,
+            "label": [None] * len(samples.keys) if samples.labels is None else samples.labels,
+            "size": samples.sizes,
+            "content": samples.content,
+            "tombstone": samples.reasons,
+        }
+    )
+    digest = bytes_digest(data)
+    path = f"samples-{digest[:12]}.parquet"
+    write_atomic(root, path, data)
+    return TableRef(path=path, digest=digest)
+
+
+def read_checked(root: Path, table: TableRef) -> bytes:
+    """The bytes of a table of the manifest, checked against its digest."""
+    hint = "Restore it from a copy, or build the cache again."
+    try:
+        data = (root / table.path).read_bytes()
+    except OSError as error:
+        raise CorruptionError(table.path, "must be there: the manifest names it", error, hint) from error
+    if bytes_digest(data) != table.digest:
+        raise CorruptionError(table.path, f"must have digest {table.digest}", bytes_digest(data), hint)
+    return data
+
+
+def read_samples(root: Path, table: TableRef) -> Samples:
+    """Reads the table that a manifest names."""
+    columns = read_table(read_checked(root, table))
+    labels = columns["label"]
+    return Samples(
+        columns["key"],
+        None if any(label is None for label in labels) else np.array(labels, np.int64),
+        np.array(columns["size"], np.int64),
+        np.array(columns["content"], np.uint64),
+        columns["tombstone"],
+    )

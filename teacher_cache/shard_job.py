@@ -1,0 +1,250 @@
+"""The body of work for one shard: a plain function of an opened job and a shard's place.
+
+It runs alike in a loop, in a Ray actor or by hand, and the same place gives the same bytes: micro-batches are
+cut from the shard, with a fixed size and a padded tail, never from a queue.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from teacher_cache.encodings import Encoding
+from teacher_cache.encodings.fidelity import measure_feature, measure_logits
+from teacher_cache.errors import BuildError, NonFiniteError, SpecError, TeacherCacheError
+from teacher_cache.manifest import Manifest, Receipt, receipt_path
+from teacher_cache.plan import Opened, open_parts
+from teacher_cache.sources import BrokenSample
+from teacher_cache.spec import BuildSpec
+from teacher_cache.storage import Store, open_store, write_atomic
+from teacher_cache.views import Views, render_views
+from teacher_cache.views.philox import view_words
+
+_FIDELITY_ADDRESS = 2**16 - 1
+
+
+class ShardId(NamedTuple):
+    """One unit of work."""
+
+    view: int
+    shard: int
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that a worker opens once and uses for every shard."""
+
+    root: Path
+    opened: Opened
+    manifest: Manifest
+    encodings: dict[str, Encoding]
+    store: Store
+
+
+def open_job(root: Path, manifest: Manifest, opened: Opened) -> Job:
+    """A job from parts that are already open."""
+    return Job(root, opened, manifest, manifest.encodings, open_store(manifest.store.kind, manifest.grid))
+
+
+def open_job_from(root: Path, manifest: Manifest, spec: BuildSpec) -> Job:
+    """A job in another process: opens the parts again."""
+    return open_job(root, manifest, open_parts(spec))
+
+
+def run_shard(job: Job, place: ShardId) -> Receipt:
+    """Reads, renders, asks the teacher, encodes, writes, commits.
+
+    Raises:
+        BuildError: the teacher raised, or the folder cannot be written; names the sample or the file.
+        NonFiniteError: the teacher answered NaN or inf; names the sample.
+    """
+    work = _Shard(job, place)
+    for start, stop in _micro_batches(
+        *job.manifest.grid.span(place.shard), job.opened.spec.teacher.micro_batch
+    ):
+        work.answer(start, stop)
+    return work.commit()
+
+
+def answer_again(job: Job, place: ShardId, row: int) -> tuple[list[int], dict[str, dict[str, NDArray[Any]]]]:
+    """Computes the micro-batch that holds a row as the build did, and writes nothing.
+
+    Returns:
+        The row numbers, and for each field its stored parts for those rows.
+    """
+    work, size = _Shard(job, place), job.opened.spec.teacher.micro_batch
+    start = work.start + (row - work.start) // size * size
+    stop = min(start + size, work.stop)
+    work.answer(start, stop)
+    dead = {tombstone for tombstone, _ in work.tombstones}
+    rows = [row for row in range(start, stop) if row not in dead]
+    local = np.array(rows) - work.start
+    groups = {field: job.manifest.field_group(field, place.view) for field in job.manifest.fields}
+    return rows, {
+        field: {name: values[local] for name, values in work.columns[group.path].items()}
+        for field, group in groups.items()
+    }
+
+
+def _micro_batches(start: int, stop: int, size: int) -> Iterator[tuple[int, int]]:
+    for first in range(start, stop, size):
+        yield first, min(first + size, stop)
+
+
+class _Shard:
+    """The columns of one shard as they fill up."""
+
+    def __init__(self, job: Job, place: ShardId) -> None:
+        self.job, self.place = job, place
+        self.start, self.stop = job.manifest.grid.span(place.shard)
+        rows = self.stop - self.start
+        self.columns: dict[str, dict[str, NDArray[Any]]] = {
+            group.path: {
+                part.name: np.full((rows, *part.shape), part.fill, part.dtype) for part in group.parts
+            }
+            for group in job.manifest.groups(place.view)
+        }
+        self.content = np.zeros(rows, np.uint64)
+        self.tombstones: list[tuple[int, str]] = []
+        self.labelled = self.correct = 0
+        self.exact: dict[str, list[Tensor]] = {field: [] for field in job.manifest.fields}
+        self.sampled = self._sample_rows()
+        self.measured: list[int] = []
+
+    def _sample_rows(self) -> set[int]:
+        """The rows whose exact values are compared: those with the smallest Philox words."""
+        opened = self.job.opened
+        digests = opened.digests[self.start : self.stop]
+        words = view_words(digests, self.place.view, _FIDELITY_ADDRESS, 1, opened.recipe.seed)[:, 0]
+        chosen = np.argsort(words, kind="stable")[: opened.spec.fidelity.rows_per_shard]
+        return {self.start + int(row) for row in chosen}
+
+    def answer(self, start: int, stop: int) -> None:
+        """One micro-batch, from bytes to encoded columns."""
+        rows, views = self._views(start, stop)
+        if not rows:
+            return
+        outputs = self._ask(rows, views.pixels_BCHW)
+        local = np.array(rows) - self.start
+        proof = self.columns[self.job.manifest.proof_group(self.place.view).path]
+        proof["digest"][local] = views.digests()
+        if "params" in proof:
+            proof["params"][local] = views.params_BP
+        keep = [place for place, row in enumerate(rows) if row in self.sampled]
+        self.measured += [rows[place] for place in keep]
+        for field, encoding in self.job.encodings.items():
+            encoded = self._encode(field, encoding, rows, outputs[field])
+            columns = self.columns[self.job.manifest.field_group(field, self.place.view).path]
+            for name, values in encoded.items():
+                columns[name][local] = values
+            self.exact[field].append(outputs[field][keep].cpu())
+        self._count_correct(rows, outputs)
+
+    def _views(self, start: int, stop: int) -> tuple[list[int], Views]:
+        opened, manifest = self.job.opened, self.job.manifest
+        rows, images = [], []
+        for row in range(start, stop):
+            try:
+                item = opened.source.item(row)
+            except BrokenSample as broken:
+                self.tombstones.append((row, str(broken)))
+                continue
+            self.content[row - self.start] = item.content
+            rows.append(row)
+            images.append(item.image_CHW)
+        if not rows:
+            empty = torch.empty((0, *manifest.view_shape), dtype=torch.uint8)
+            return rows, Views(empty, np.empty((0, len(manifest.param_names)), np.int32))
+        try:
+            views = render_views(opened.recipe, images, opened.digests[rows], self.place.view)
+        except (SpecError, RuntimeError, ValueError) as error:
+            hint = "Correct the recipe so that it holds for every sample."
+            raise BuildError(
+                self._name(rows), f"cannot be rendered: {error}", self.place.view, hint
+            ) from error
+        if tuple(views.pixels_BCHW.shape[1:]) != manifest.view_shape:
+            hint = "Add `resize` and `center_crop`, so that all views have one size."
+            found = tuple(views.pixels_BCHW.shape[1:])
+            raise BuildError(self._name(rows), f"must have views of {manifest.view_shape}", found, hint)
+        return rows, views
+
+    def _ask(self, rows: list[int], pixels_BCHW: Tensor) -> dict[str, Tensor]:
+        size = self.job.opened.spec.teacher.micro_batch
+        padding = torch.zeros((size - len(rows), *pixels_BCHW.shape[1:]), dtype=torch.uint8)
+        try:
+            outputs = self.job.opened.teacher(torch.cat([pixels_BCHW, padding]))
+        except TeacherCacheError:
+            raise
+        except Exception as error:
+            # Whatever a user's model raises ends the build; it is named and chained, never swallowed.
+            hint = "Correct the model, then run the same command again: it goes on."
+            raise BuildError(
+                self._name(rows), f"the teacher raised {error!r}", self.place.view, hint
+            ) from error
+        for field, shape in self.job.manifest.field_shapes.items():
+            if tuple(outputs[field].shape) != (size, *shape):
+                rule = f"the teacher must answer {field} as {(size, *shape)}"
+                raise BuildError(self._name(rows), rule, tuple(outputs[field].shape), "Check the model.")
+        return {field: value[: len(rows)] for field, value in outputs.items()}
+
+    def _encode(
+        self, field: str, encoding: Encoding, rows: list[int], values: Tensor
+    ) -> dict[str, NDArray[Any]]:
+        try:
+            return encoding.encode(values)
+        except NonFiniteError as error:
+            row = rows[int(error.field.removeprefix("row "))]
+            place = f"{self._name([row])}, view {self.place.view}, {field}"
+            rule = f"must be finite and fit {encoding.name}"
+            raise NonFiniteError(place, rule, error.value, error.hint) from error
+
+    def _count_correct(self, rows: list[int], outputs: dict[str, Tensor]) -> None:
+        labels = self.job.opened.source.labels
+        if labels is None or "logits" not in outputs:
+            return
+        self.labelled += len(rows)
+        self.correct += int((outputs["logits"].argmax(1).cpu().numpy() == labels[rows]).sum())
+
+    def _name(self, rows: list[int]) -> str:
+        keys = self.job.opened.source.keys
+        return keys[rows[0]] if len(rows) == 1 else f"{keys[rows[0]]} … {keys[rows[-1]]}"
+
+    def _fidelity(self) -> dict[str, dict[str, float]]:
+        local = np.array(self.measured, np.int64) - self.start
+        found = {}
+        for field, encoding in self.job.encodings.items():
+            if len(local) == 0:
+                continue
+            columns = self.columns[self.job.manifest.field_group(field, self.place.view).path]
+            target = encoding.decode({name: values[local] for name, values in columns.items()})
+            measure = measure_logits if field == "logits" else measure_feature
+            found[field] = measure(torch.cat(self.exact[field]), target)
+        return found
+
+    def commit(self) -> Receipt:
+        """Writes every file of the shard, then its receipt."""
+        job, files = self.job, []
+        for group in job.manifest.groups(self.place.view):
+            for record, data in job.store.pack(group, self.place.shard, self.columns[group.path]):
+                write_atomic(job.root, record.path, data)
+                files.append(record)
+        receipt = Receipt(
+            identity=job.manifest.identity.whole,
+            view=self.place.view,
+            shard=self.place.shard,
+            files=tuple(files),
+            tombstones=tuple(self.tombstones),
+            content=self.content,
+            labelled=self.labelled,
+            correct=self.correct,
+            fidelity=self._fidelity(),
+        )
+        write_atomic(job.root, receipt_path(self.place.view, self.place.shard), receipt.to_bytes())
+        return receipt

@@ -1,0 +1,77 @@
+"""Step 1, source: a data set with a length, items by index, stable keys, labels, class names, a fingerprint."""
+
+from __future__ import annotations
+
+from typing import assert_never
+
+from teacher_cache.errors import SourceError
+from teacher_cache.sources.base import BrokenSample, Item, Source, source_fingerprint
+from teacher_cache.spec import (
+    DigitsSource,
+    FolderSource,
+    NumpySource,
+    ParquetSource,
+    SourceSpec,
+    TorchvisionSource,
+)
+
+__all__ = ["BrokenSample", "Item", "Source", "open_source", "source_fingerprint"]
+
+
+def open_source(spec: SourceSpec) -> Source:
+    """Opens the data set that a configuration describes.
+
+    Raises:
+        SourceError: it is not there, has another layout, is empty, or gives two samples one key.
+    """
+    from teacher_cache.sources.subset import Subset
+
+    source = _open(spec)
+    if spec.take is not None:
+        source = Subset(source, spec.take)
+    if len(source) == 0:
+        raise SourceError("source", "has no samples", spec, "Check its path and split.")
+    if len(set(source.keys)) != len(source):
+        seen: set[str] = set()
+        twice = next(key for key in source.keys if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise SourceError("source", "gives two samples one key", twice, "Make the image paths unique.")
+    _check_labels(source)
+    return source
+
+
+def _open(spec: SourceSpec) -> Source:
+    # Imported where used: a build over a folder should not pay for pyarrow, nor need scikit-learn.
+    match spec:
+        case DigitsSource():
+            from teacher_cache.sources.digits import Digits
+
+            return Digits(spec.split)
+        case FolderSource():
+            from teacher_cache.sources.folder import Folder
+
+            return Folder(spec.path)
+        case ParquetSource():
+            from teacher_cache.sources.parquet import ParquetImages
+
+            paths = (spec.path,) if isinstance(spec.path, str) else spec.path
+            return ParquetImages(paths, spec.class_names)
+        case TorchvisionSource():
+            from teacher_cache.sources.torchvision_dataset import TorchvisionDataset
+
+            return TorchvisionDataset(spec.dataset, spec.arguments)
+        case NumpySource():
+            from teacher_cache.sources.numpy_arrays import NumpyArrays
+
+            return NumpyArrays(spec.images, spec.labels, spec.class_names)
+    assert_never(spec)
+
+
+def _check_labels(source: Source) -> None:
+    labels, names = source.labels, source.class_names
+    if labels is None or names is None:
+        return
+    if int(labels.max()) >= len(names) or int(labels.min()) < 0:
+        rule = f"labels must be in 0..{len(names) - 1}, one for each class name"
+        raise SourceError(
+            "source", rule, f"{int(labels.min())}..{int(labels.max())}", "Check the class names."
+        )

@@ -1,0 +1,101 @@
+"""What every source offers, and the one way in which an encoded image becomes pixels."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from teacher_cache.fingerprint import content_digest, fingerprint
+
+
+class BrokenSample(Exception):  # noqa: N818 - not an error of the product: it becomes a tombstone
+    """A sample's bytes cannot be decoded; the reason is kept with its row."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One decoded sample."""
+
+    image_CHW: Tensor
+    """uint8 [C, H, W]."""
+    content: int
+    """64-bit digest of the stored bytes, before decoding."""
+
+
+class Source(Protocol):
+    """Step 1: a data set with a length, items by index, stable keys, labels, class names and a fingerprint.
+
+    Opening costs no pass over the pixels. Obligations: `item` is pure and may be called from several threads;
+    keys are unique and do not depend on order; the object is picklable or is opened again from its spec.
+    """
+
+    @property
+    def keys(self) -> list[str]:
+        """A stable name for each sample."""
+
+    @property
+    def labels(self) -> NDArray[np.int64] | None:
+        """Class numbers, or None where the data set has none."""
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """Names in the order of the class numbers, or None where they are not known."""
+
+    @property
+    def sizes(self) -> NDArray[np.int64]:
+        """Stored bytes of each sample: known without reading it."""
+
+    def item(self, index: int) -> Item:
+        """Reads and decodes one sample; raises `BrokenSample` where that is impossible."""
+
+    def __len__(self) -> int: ...
+
+
+def source_fingerprint(source: Source) -> str:
+    """Names a data set by its keys, sizes, labels and class names: what can be known without reading it."""
+    labels = source.labels
+    return fingerprint(
+        "source",
+        1,
+        {
+            "keys": fingerprint("keys", 1, {"keys": source.keys}),
+            "sizes": source.sizes.tolist(),
+            "labels": None if labels is None else labels.tolist(),
+            "class_names": source.class_names,
+        },
+    )
+
+
+def decode_image(data: bytes) -> Item:
+    """JPEG, PNG, WebP and the like to uint8: greyscale stays [1, H, W], everything else becomes RGB [3, H, W].
+
+    Raises:
+        BrokenSample: the bytes are truncated, or no image at all, or deeper than 8 bits a channel.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            if image.mode.startswith(("I", "F")):
+                raise BrokenSample(f"{image.format} image of mode {image.mode}: more than 8 bits a channel")
+            array = np.asarray(image if image.mode == "L" else image.convert("RGB"))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise BrokenSample(f"cannot be decoded: {error}") from None
+    return Item(to_chw(array), content_digest(data))
+
+
+def array_item(array: NDArray[np.uint8]) -> Item:
+    """A stored uint8 array [H, W] or [H, W, C] as an item; its content digest covers its shape too."""
+    described = repr(array.shape).encode() + np.ascontiguousarray(array).tobytes()
+    return Item(to_chw(array), content_digest(described))
+
+
+def to_chw(array: NDArray[np.uint8]) -> Tensor:
+    """uint8 [H, W] or [H, W, C] to a contiguous tensor [C, H, W] of its own memory."""
+    channels_last = array[:, :, None] if array.ndim == 2 else array
+    return torch.from_numpy(np.array(channels_last.transpose(2, 0, 1), order="C"))

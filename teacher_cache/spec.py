@@ -1,0 +1,307 @@
+"""The build's configuration: what may be written in a YAML file, and nothing else.
+
+Every model forbids unknown keys and refuses bad values with a `SpecError` that names the field, the rule, the
+value and the nearest known key. A spec is plain data: it travels to workers and into the manifest as JSON.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from teacher_cache.errors import SpecError
+
+
+class Strict(BaseModel):
+    """Frozen, closed, and strict about unknown keys: the base of every configuration model."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TakeSpec(Strict):
+    """A seeded subset by identity: the same samples whatever order the source lists them in."""
+
+    count: int = Field(gt=0, description="how many samples to keep")
+    seed: int = Field(default=0, ge=0, description="another seed keeps another subset")
+
+
+class DigitsSource(Strict):
+    """scikit-learn's digits: 1,797 greyscale images of 8×8."""
+
+    kind: Literal["digits"]
+    split: Literal["train", "test", "all"] = "all"
+    take: TakeSpec | None = None
+
+
+class FolderSource(Strict):
+    """One folder for each class; the class names are the folders' names, sorted."""
+
+    kind: Literal["folder"]
+    path: str
+    take: TakeSpec | None = None
+
+
+class ParquetSource(Strict):
+    """Columns `image` {bytes, path} and `label`: the layout of Hugging Face data sets."""
+
+    kind: Literal["parquet"]
+    path: str | tuple[str, ...]
+    class_names: tuple[str, ...] | None = None
+    take: TakeSpec | None = None
+
+
+class TorchvisionSource(Strict):
+    """Any class of `torchvision.datasets` whose items are (image, label)."""
+
+    kind: Literal["torchvision"]
+    dataset: str
+    arguments: dict[str, Any] = Field(default_factory=dict)
+    take: TakeSpec | None = None
+
+
+class NumpySource(Strict):
+    """Two `.npy` files: images uint8 [N, H, W] or [N, H, W, C], and integer labels [N]."""
+
+    kind: Literal["numpy"]
+    images: str
+    labels: str | None = None
+    class_names: tuple[str, ...] | None = None
+    take: TakeSpec | None = None
+
+
+SourceSpec = Annotated[
+    DigitsSource | FolderSource | ParquetSource | TorchvisionSource | NumpySource, Field(discriminator="kind")
+]
+
+
+class ViewSpec(Strict):
+    """Either a recipe of native operations or the user's own callable, and how many views of each sample."""
+
+    recipe: tuple[dict[str, dict[str, Any]], ...] | None = None
+    callable: str | None = Field(default=None, description="module:attribute, uint8 [C, H, W] in and out")
+    seed: int = Field(default=0, ge=0, lt=2**64)
+    count: int = Field(default=1, gt=0, lt=2**32)
+
+    @field_validator("recipe", mode="before")
+    @classmethod
+    def _bare_names_have_no_parameters(cls, value: Any) -> Any:
+        if not isinstance(value, Sequence) or isinstance(value, str):
+            return value
+        return tuple({item: {}} if isinstance(item, str) else item for item in value)
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> ViewSpec:
+        if (self.recipe is None) == (self.callable is None):
+            raise ValueError("give exactly one of `recipe` and `callable`")
+        return self
+
+
+class NormalizeSpec(Strict):
+    """Per-channel mean and standard deviation of pixels scaled to 0..1, as torchvision's Normalize."""
+
+    mean: tuple[float, ...] = Field(min_length=1)
+    std: tuple[float, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _fits(self) -> NormalizeSpec:
+        if len(self.mean) != len(self.std) or min(self.std) <= 0:
+            raise ValueError("mean and std need one value for each channel, every std above 0")
+        return self
+
+
+class DenseF32(Strict):
+    """Values as they are: 4 bytes a number."""
+
+    kind: Literal["dense_f32"]
+
+
+class DenseF16(Strict):
+    """Values rounded to half precision: 2 bytes a number, refused when one overflows."""
+
+    kind: Literal["dense_f16"]
+
+
+class TopK(Strict):
+    """The k largest logits, and the log-mass of what was left out."""
+
+    kind: Literal["top_k"]
+    k: int = Field(gt=0)
+
+
+EncodingSpec = Annotated[DenseF32 | DenseF16 | TopK, Field(discriminator="kind")]
+
+
+class FieldSpec(Strict):
+    """One output of the teacher, and how it is kept."""
+
+    pool: Literal["none", "mean"] = Field(default="none", description="`mean` averages [C, H, W] to [C]")
+    encoding: EncodingSpec = DenseF16(kind="dense_f16")
+
+    @field_validator("encoding", mode="before")
+    @classmethod
+    def _bare_name(cls, value: Any) -> Any:
+        return {"kind": value} if isinstance(value, str) else value
+
+
+def _logits_only() -> dict[str, FieldSpec]:
+    return {"logits": FieldSpec()}
+
+
+class TeacherSpec(Strict):
+    """Which frozen model answers, on what, and what is kept of its answers."""
+
+    name: str = Field(default="teacher", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    model: str = Field(
+        description="torchvision:<name>, timm:<name>, module:attribute, FILE.pt2 or http(s)://…"
+    )
+    arguments: dict[str, Any] = Field(
+        default_factory=dict, description="keyword arguments of the constructor"
+    )
+    weights: str | None = Field(default=None, description=".safetensors or .pt state dict")
+    normalize: NormalizeSpec | None = Field(
+        default=None, description="the recipe's `normalize` where not given"
+    )
+    class_names: tuple[str, ...] | None = Field(default=None, description="the order of the teacher's head")
+    fields: dict[str, FieldSpec] = Field(default_factory=_logits_only, min_length=1)
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    channels_last: bool = False
+    micro_batch: int = Field(default=64, gt=0, description="rows in one forward pass; part of the identity")
+    api_key: str | None = Field(default=None, exclude=True, description="for http(s) teachers; never stored")
+
+    @field_validator("fields", mode="before")
+    @classmethod
+    def _bare_fields(cls, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {name: ({} if field is None else field) for name, field in value.items()}
+        return {name: {} for name in value} if isinstance(value, list | tuple) else value
+
+    @field_validator("fields")
+    @classmethod
+    def _known_fields(cls, value: dict[str, FieldSpec]) -> dict[str, FieldSpec]:
+        for name, field in value.items():
+            if name != "logits" and not (name.startswith("feature:") and len(name) > len("feature:")):
+                raise ValueError(f"field {name!r} is neither `logits` nor `feature:<node>`")
+            if name != "logits" and field.encoding.kind == "top_k":
+                raise ValueError(f"`top_k` keeps logits only, and {name!r} is a feature")
+        return value
+
+
+class StoreSpec(Strict):
+    """How rows lie on disk."""
+
+    kind: Literal["zarr", "parquet"] = "zarr"
+    shard_rows: int = Field(
+        default=1024, gt=0, description="rows in one file: the unit of work and of commit"
+    )
+    chunk_rows: int = Field(default=256, gt=0, description="rows under one checksum (Zarr)")
+
+    @model_validator(mode="after")
+    def _divides(self) -> StoreSpec:
+        if self.shard_rows % self.chunk_rows:
+            raise ValueError(
+                f"shard_rows ({self.shard_rows}) is not a multiple of chunk_rows ({self.chunk_rows})"
+            )
+        return self
+
+
+class ComputeSpec(Strict):
+    """Where the work runs. `threads` can change the last bit of a logit, so it is part of the identity."""
+
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda)$")
+    workers: int | None = Field(
+        default=None, gt=0, description="default: one for each GPU, else each `threads` cores"
+    )
+    threads: int = Field(default=1, gt=0, description="torch threads of one worker")
+    attempts: int = Field(default=3, gt=0, description="tries for a shard whose worker died")
+
+
+class FidelitySpec(Strict):
+    """How many rows of each shard are decoded again and compared with the exact logits."""
+
+    rows_per_shard: int = Field(default=32, ge=0)
+
+
+class BuildSpec(Strict):
+    """The whole of a build."""
+
+    cache: str
+    source: SourceSpec
+    views: ViewSpec
+    teacher: TeacherSpec
+    store: StoreSpec = StoreSpec()
+    compute: ComputeSpec = ComputeSpec()
+    fidelity: FidelitySpec = FidelitySpec()
+
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def parse(model: type[Model], data: object, where: str) -> Model:
+    """Validates plain data against a configuration model.
+
+    Raises:
+        SpecError: naming the first offending field, the rule, the value, and the nearest known key.
+    """
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        location = ".".join(str(part) for part in first["loc"]) or "the configuration"
+        hint = f"Correct it in {where}."
+        if first["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(str(first["loc"][-1]), _known_keys(model), n=1)
+            hint = (f"Did you mean `{near[0]}`? " if near else "Remove it. ") + hint
+            raise SpecError(location, "is not a known key", first["input"], hint) from None
+        raise SpecError(location, first["msg"].removeprefix("Value error, "), first["input"], hint) from None
+
+
+def _known_keys(model: type[BaseModel]) -> list[str]:
+    schema = model.model_json_schema()
+    parts = [schema, *schema.get("$defs", {}).values()]
+    return sorted({key for part in parts for key in part.get("properties", {})})
+
+
+def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Reads a YAML mapping and applies `dotted.key=value` overrides (values are YAML too).
+
+    Raises:
+        SpecError: the file is missing or is not a mapping, or an override has no `=`.
+    """
+    try:
+        data = yaml.safe_load(Path(path).read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise SpecError(
+            str(path), "must be a readable YAML file", error, "Check the path and its syntax."
+        ) from None
+    if not isinstance(data, dict):
+        raise SpecError(str(path), "must hold a mapping", type(data).__name__, "See examples/digits.yaml.")
+    for override in overrides:
+        key, sign, value = override.partition("=")
+        if not sign:
+            raise SpecError("--set", "must be KEY=VALUE", override, "For example --set store.kind=parquet.")
+        _assign(data, key.split("."), yaml.safe_load(value))
+    return data
+
+
+def _assign(data: dict[str, Any], keys: list[str], value: Any) -> None:
+    for key in keys[:-1]:
+        inner = data.setdefault(key, {})
+        if not isinstance(inner, dict):
+            raise SpecError("--set", f"`{key}` is not a mapping", inner, "Set it as a whole.")
+        data = inner
+    data[keys[-1]] = value
+
+
+def load_spec(path: str | Path, overrides: Sequence[str] = ()) -> BuildSpec:
+    """Reads a build's configuration.
+
+    Args:
+        path: a YAML file.
+        overrides: `dotted.key=value` strings that replace what the file says.
+    """
+    return parse(BuildSpec, read_yaml(path, overrides), str(path))

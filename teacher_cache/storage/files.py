@@ -1,0 +1,78 @@
+"""Files that appear whole or not at all, and what is remembered of each."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+import google_crc32c
+
+from teacher_cache.errors import BuildError
+
+TEMPORARY_SUFFIX = ".tmp"
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """What a receipt says of one file: enough to know it again, and that it stands in its own place."""
+
+    path: str
+    """Below the cache's root, with forward slashes."""
+    size: int
+    """Bytes."""
+    crc32c: int
+    """Of all its bytes."""
+    root: str
+    """Zarr: digest of the path and of every chunk's checksum, so that a reader can trust a chunk without
+    reading the others. Parquet: empty, the file is read whole."""
+
+
+def crc32c(data: bytes | memoryview) -> int:
+    """CRC-32C (Castagnoli) of some bytes."""
+    return int(google_crc32c.value(bytes(data)))
+
+
+def write_atomic(root: Path, relative: str, data: bytes) -> None:
+    """Temporary name, write, fsync, rename, fsync the folder: afterwards the file is whole and stays.
+
+    Raises:
+        BuildError: the folder cannot be written (full, read-only, gone); nothing visible has changed.
+    """
+    final = root / relative
+    temporary = final.with_name(f"{final.name}.{uuid.uuid4().hex}{TEMPORARY_SUFFIX}")
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(final)
+        sync_folder(final.parent)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        hint = "Free space or change the permissions, then run the same command again: it goes on."
+        raise BuildError(str(final), f"cannot be written: {error.strerror or error}", root, hint) from error
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes a rename in this folder survive a power failure."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def remove_temporary(root: Path) -> int:
+    """Removes what a killed writer left under temporary names; returns how many files."""
+    leftovers = list(root.rglob(f"*{TEMPORARY_SUFFIX}"))
+    for path in leftovers:
+        path.unlink(missing_ok=True)
+    return len(leftovers)

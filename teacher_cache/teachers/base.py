@@ -1,0 +1,31 @@
+"""What every teacher offers, wherever its weights are."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from teacher_cache.spec import NormalizeSpec
+
+
+class Teacher(Protocol):
+    """Step 3: a frozen model, uint8 views to named fields.
+
+    Obligations: `__call__` is deterministic for one batch size on one kind of machine; it keeps no state; it
+    returns float32 tensors that own their memory, one row for each view. Not required to be thread-safe.
+    """
+
+    @property
+    def fingerprint(self) -> str:
+        """Names weights, architecture, preprocessing and precision."""
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The names that `__call__` returns."""
+
+    def __call__(self, views_BCHW: Tensor) -> dict[str, Tensor]:
+        """uint8 [B, C, H, W] views to float32 [B, ...] values of each field, on the teacher's device."""
+
+
+__all__ = ["NormalizeSpec", "Teacher"]

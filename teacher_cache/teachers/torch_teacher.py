@@ -1,0 +1,124 @@
+"""A teacher whose weights are here: any `nn.Module`, its logits and the outputs of its inner nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from teacher_cache.errors import TeacherError
+from teacher_cache.fingerprint import fingerprint
+from teacher_cache.spec import FieldSpec, NormalizeSpec
+from teacher_cache.views import normalize
+
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class TorchTeacher:
+    """Evaluation mode, no gradients, fp32 or autocast; features are tapped with forward hooks."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        identity: Mapping[str, Any],
+        fields: Mapping[str, FieldSpec],
+        *,
+        normalize: NormalizeSpec | None = None,
+        precision: str = "fp32",
+        channels_last: bool = False,
+        device: str = "cpu",
+    ) -> None:
+        """Freezes the module and taps its nodes.
+
+        Args:
+            module: images float [B, C, H, W] to logits [B, K].
+            identity: what names the module (reference, arguments, digest of the weights).
+            fields: `logits` and `feature:<node>`, with their pooling.
+            normalize: applied to views scaled to 0..1.
+            precision: `fp32`, or autocast to `bf16` or `fp16`.
+            channels_last: memory format of weights and inputs.
+            device: where it runs.
+        """
+        self._format = torch.channels_last if channels_last else torch.contiguous_format
+        self._module = module.requires_grad_(False).to(device=device)
+        if channels_last:
+            self._module = self._module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._normalize, self._precision, self._device = normalize, precision, torch.device(device)
+        self._fields = dict(fields)
+        self._tapped: dict[str, Tensor] = {}
+        for name in self._fields:
+            if name != "logits":
+                self._tap(name)
+        self.fingerprint = fingerprint(
+            "teacher",
+            1,
+            {
+                **identity,
+                "normalize": normalize.model_dump(mode="json") if normalize else None,
+                "precision": precision,
+                "channels_last": channels_last,
+                "pool": {name: field.pool for name, field in self._fields.items()},
+            },
+        )
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The names of the fields, in the configuration's order."""
+        return tuple(self._fields)
+
+    def _tap(self, name: str) -> None:
+        node = name.removeprefix("feature:")
+        try:
+            inner = self._module.get_submodule(node)
+        except AttributeError:
+            known = ", ".join(key for key, _ in self._module.named_modules() if key)[:400]
+            raise TeacherError(f"teacher.fields.{name}", "names no node", node, f"Nodes: {known}.") from None
+
+        def keep(_module: nn.Module, _inputs: object, output: object) -> None:
+            if not isinstance(output, Tensor):
+                rule = "must be a node whose output is one tensor"
+                raise TeacherError(
+                    f"teacher.fields.{name}", rule, type(output).__name__, "Choose another node."
+                )
+            # A copy: an in-place ReLU that follows would overwrite the tapped tensor.
+            self._tapped[name] = output.detach().clone()
+
+        inner.register_forward_hook(keep)
+
+    @torch.inference_mode()
+    def __call__(self, views_BCHW: Tensor) -> dict[str, Tensor]:
+        """uint8 views to float32 fields. Copies to and from the device are the only transfers."""
+        inputs = normalize(views_BCHW.to(self._device), self._normalize).contiguous(
+            memory_format=self._format
+        )
+        autocast = self._precision in _AUTOCAST
+        dtype = _AUTOCAST.get(self._precision, torch.bfloat16)
+        with torch.autocast(self._device.type, dtype=dtype, enabled=autocast):
+            logits = self._module(inputs)
+        outputs = {**self._tapped, "logits": logits}
+        self._tapped.clear()
+        missing = [name for name in self._fields if name not in outputs]
+        if missing:
+            hint = "The node is not used in a forward pass; choose another."
+            raise TeacherError(f"teacher.fields.{missing[0]}", "was never computed", missing[0], hint)
+        return {name: _pooled(outputs[name], field) for name, field in self._fields.items()}
+
+
+def _pooled(value: Tensor, field: FieldSpec) -> Tensor:
+    value = value.float()
+    return value.flatten(2).mean(2) if field.pool == "mean" and value.ndim > 2 else value
+
+
+class ExportedModule(nn.Module):
+    """A `torch.export` program behind the interface of a module; it was exported in evaluation mode."""
+
+    def __init__(self, program: torch.export.ExportedProgram) -> None:
+        super().__init__()
+        self.program = program.module()
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        """Runs the program."""
+        logits: Tensor = self.program(images_BCHW)
+        return logits

@@ -1,0 +1,193 @@
+"""Verify: every byte against its receipt, every place against the plan, a sample against teacher and views."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from teacher_cache.errors import CacheError, CorruptionError, FormatError
+from teacher_cache.manifest import MANIFEST
+from teacher_cache.plan import open_parts
+from teacher_cache.reader import Cache
+from teacher_cache.shard_job import Job, ShardId, answer_again, open_job
+from teacher_cache.spec import SourceSpec
+from teacher_cache.storage import FileRecord, Store, crc32c, open_store
+from teacher_cache.views.philox import below, view_words
+
+_REBUILD = "Remove the cache's folder and build again, or restore the file from a copy."
+_ROUNDING = 2.0**-8
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong."""
+
+    place: str
+    """A file, a shard, or a sample."""
+    what: str
+    todo: str
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What was checked and what is wrong."""
+
+    path: str
+    files: int
+    bytes: int
+    views_checked: int
+    rows_recomputed: int
+    problems: tuple[Problem, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Nothing is wrong."""
+        return not self.problems
+
+
+def verify(
+    path: str | Path, recompute: int = 0, views: int = 0, source: SourceSpec | None = None
+) -> VerifyReport:
+    """Checks a cache.
+
+    Structure, tables, every file's length and CRC-32C at its place, holes and stray files, always; on request a
+    seeded sample of views rendered again, and of rows asked of the teacher again.
+
+    Args:
+        path: the cache.
+        recompute: how many rows to ask of the teacher again; compared after encoding, bit for bit.
+        views: how many views to render again and compare with their digests.
+        source: where the data set is now, if not where the manifest says.
+
+    Raises:
+        CacheNotFoundError: there is no cache to check.
+    """
+    root = Path(path)
+    try:
+        cache = Cache(root, source)
+    except (CorruptionError, FormatError) as error:
+        return VerifyReport(str(root), 0, 0, 0, 0, (_problem(error),))
+    manifest = cache.manifest
+    store = open_store(manifest.store.kind, manifest.grid)
+    metadata = store.metadata([group for view in range(manifest.views) for group in manifest.groups(view)])
+    problems = [*_missing_shards(cache, store), *_damaged(cache, metadata), *_strays(cache, metadata)]
+    if not problems and views:
+        problems += _views(cache, views)
+    if not problems and recompute:
+        problems += _recompute(cache, recompute)
+    records = [record for files in cache.files.values() for record in files.values()]
+    size = sum(record.size for record in records)
+    return VerifyReport(str(root), len(records), size, views, recompute, tuple(problems))
+
+
+def _problem(error: CacheError) -> Problem:
+    return Problem(error.field, f"{error.rule} (found: {error.value})", error.hint)
+
+
+_REBUILD = "Remove the cache's folder and build again, or restore the file from a copy."
+
+
+def _missing_shards(cache: Cache, store: Store) -> Iterator[Problem]:
+    manifest = cache.manifest
+    for view in range(manifest.views):
+        for shard in range(manifest.grid.shards):
+            committed = cache.files.get((view, shard))
+            planned = {path for group in manifest.groups(view) for path in store.paths(group, shard)}
+            if committed is None:
+                todo = "Finish the build: teacher-cache build CONFIG."
+                yield Problem(f"view {view}, shard {shard}", "is not committed", todo)
+            elif set(committed) != planned:
+                yield Problem(f"view {view}, shard {shard}", "its receipt names other files", _REBUILD)
+
+
+def _damaged(cache: Cache, metadata: Mapping[str, bytes]) -> Iterator[Problem]:
+    for files in cache.files.values():
+        for record in files.values():
+            what = _check(cache.path / record.path, record)
+            if what:
+                yield Problem(record.path, what, _REBUILD)
+    for name, data in metadata.items():
+        path = cache.path / name
+        if not path.is_file() or path.read_bytes() != data:
+            yield Problem(name, "is missing or altered", _REBUILD)
+
+
+def _check(path: Path, record: FileRecord) -> str | None:
+    if not path.is_file():
+        return "is missing"
+    data = path.read_bytes()
+    if len(data) != record.size:
+        return f"has {len(data)} bytes instead of {record.size}"
+    if crc32c(data) != record.crc32c:
+        return f"has crc32c {crc32c(data):08x} instead of {record.crc32c:08x}: altered, or another shard's"
+    return None
+
+
+def _strays(cache: Cache, metadata: Mapping[str, bytes]) -> Iterator[Problem]:
+    manifest = cache.manifest
+    known = {MANIFEST, manifest.samples.path, *metadata}
+    if manifest.receipts is not None:
+        known.add(manifest.receipts.path)
+    known |= {path for files in cache.files.values() for path in files}
+    for path in sorted(cache.path.rglob("*")):
+        name = path.relative_to(cache.path).as_posix()
+        building = manifest.state == "building" and name.startswith("receipts/")
+        if path.is_file() and name not in known and not building:
+            yield Problem(name, "belongs to no receipt", "Remove it.")
+
+
+def _sample(cache: Cache, count: int, salt: int) -> Iterator[tuple[int, list[int]]]:
+    """`count` seeded (view, row) pairs among the rows that are alive, grouped by view."""
+    alive = np.flatnonzero(cache.alive)
+    words = view_words(np.arange(count, dtype=np.uint64), salt, 0, 1, 0)
+    view_of, row_of = below(words[:, 0], cache.views), alive[below(words[:, 1], len(alive))]
+    for view in range(cache.views):
+        rows = np.unique(row_of[view_of == view]).tolist()
+        if rows:
+            yield view, rows
+
+
+def _views(cache: Cache, count: int) -> Iterator[Problem]:
+    for view, rows in _sample(cache, count, 1):
+        try:
+            cache.render(view, rows)
+        except CacheError as error:
+            yield _problem(error)
+
+
+def _recompute(cache: Cache, count: int) -> Iterator[Problem]:
+    """Asks the teacher again, in the micro-batch in which each row was first computed."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(cache.spec.compute.threads)
+    try:
+        opened = open_parts(cache.spec)
+        if opened.teacher.fingerprint != cache.manifest.identity.teacher:
+            yield Problem("teacher", "is not the one that made this cache", "Point it at the same weights.")
+            return
+        job = open_job(cache.path, cache.manifest, opened)
+        for view, rows in _sample(cache, count, 2):
+            yield from _recompute_view(cache, job, view, rows)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _recompute_view(cache: Cache, job: Job, view: int, sampled: list[int]) -> Iterator[Problem]:
+    left = set(sampled)
+    while left:
+        row = min(left)
+        rows, again = answer_again(job, ShardId(view, row // cache.manifest.grid.shard_rows), row)
+        asked = [place for place, number in enumerate(rows) if number in left]
+        left -= set(rows)
+        for field, columns in again.items():
+            stored = cache.read(field, view, [rows[place] for place in asked]).dense().values.float()
+            fresh = job.encodings[field].decode({name: values[asked] for name, values in columns.items()})
+            error = (stored - fresh.dense().values.float()).abs().max().item()
+            # Other processors round otherwise: a few units in the last place of the stored type are no fault.
+            if error > _ROUNDING * max(1.0, stored.abs().max().item()):
+                name = f"view {view}, {field}, near {cache.samples.keys[row]}"
+                what = f"the teacher answers otherwise now (largest difference {error:.3g})"
+                yield Problem(name, what, "Check the teacher's weights, and the libraries' versions.")

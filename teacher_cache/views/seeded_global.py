@@ -1,0 +1,82 @@
+"""The user's own callable as a view, under the weaker promise `seeded-global`.
+
+The callable draws from torch's global generator, which is seeded for each (sample, view) and put back. Its
+pixels may change with a release of torch or torchvision, so both versions are part of the fingerprint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+import torchvision
+from numpy.typing import NDArray
+from torch import Tensor
+
+from teacher_cache.errors import SpecError
+from teacher_cache.fingerprint import fingerprint
+from teacher_cache.imports import import_attribute
+from teacher_cache.spec import NormalizeSpec
+from teacher_cache.views.operations import Params, Sizes
+from teacher_cache.views.philox import view_words
+
+
+@dataclass(frozen=True)
+class SeededGlobal:
+    """A callable `uint8 [C, H, W] -> uint8 [C, H, W]` named as `module:attribute`.
+
+    Deterministic for given versions of torch and torchvision. Not thread-safe: it borrows the global generator.
+    """
+
+    reference: str
+    seed: int
+    normalize: NormalizeSpec | None = None
+
+    promise: ClassVar[str] = "seeded-global"
+    param_names: ClassVar[tuple[str, ...]] = ("generator_seed",)
+    random: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not callable(self._callable()):
+            raise SpecError("views.callable", "must name a callable", self.reference, "Name a transform.")
+
+    def _callable(self) -> Callable[[Tensor], Tensor]:
+        loaded: Callable[[Tensor], Tensor] = import_attribute(self.reference, "views.callable")
+        return loaded
+
+    def describe(self) -> dict[str, str]:
+        """What is known of the callable: its name and the versions that its pixels depend on."""
+        versions = {"torch": torch.__version__, "torchvision": torchvision.__version__}
+        return {"callable": self.reference, "repr": repr(self._callable()).split(" at 0x")[0], **versions}
+
+    @property
+    def fingerprint(self) -> str:
+        """Names the callable, the seed and both library versions."""
+        return fingerprint("seeded-global", 1, {**self.describe(), "seed": self.seed})
+
+    @property
+    def view_fingerprint(self) -> str:
+        """The same: normalisation is the callable's own affair or the teacher's."""
+        return self.fingerprint
+
+    def resolve(self, digests_B: NDArray[np.uint64], sizes_B2: Sizes, view: int) -> Params:
+        """The 32-bit generator seed of each sample, int32 [B, 1] (torch's CPU generator keeps 32 bits only)."""
+        words = view_words(digests_B, view, 0, 1, self.seed)
+        return np.ascontiguousarray(words[:, :1]).view(np.int32)
+
+    def render(self, image_CHW: Tensor, params_P: Sequence[int]) -> Tensor:
+        """Calls the user's callable with the global generator seeded, and restores the generator."""
+        saved = torch.default_generator.get_state()
+        try:
+            torch.default_generator.manual_seed(int(params_P[0]) & 0xFFFFFFFF)
+            view = self._callable()(image_CHW)
+        finally:
+            torch.default_generator.set_state(saved)
+        if not (isinstance(view, Tensor) and view.dtype == torch.uint8 and view.ndim == 3):
+            found = f"{view.dtype} {tuple(view.shape)}" if isinstance(view, Tensor) else type(view).__name__
+            rule = "must return a uint8 tensor [C, H, W]"
+            raise SpecError(self.reference, rule, found, "Leave scaling and normalisation to the teacher.")
+        return view.as_subclass(Tensor)
