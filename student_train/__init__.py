@@ -1,0 +1,13 @@
+"""Train small students from cached soft targets, with no teacher in memory: the last three of the ten steps.
+
+8. `stream`     re-creates the teacher's views, joins them with the cached rows, stops and goes on anywhere
+9. `losses` and `objective`   pure functions; named weighted terms that declare which fields they read
+10. `train`     one flat loop
+"""
+
+from student_train.objective import KD, CrossEntropy, Objective
+from student_train.recipes import TrainSpec
+from student_train.stream import Batch, ViewStream
+from student_train.train import FitResult, fit
+
+__all__ = ["KD", "Batch", "CrossEntropy", "FitResult", "Objective", "TrainSpec", "ViewStream", "fit"]

@@ -17,7 +17,7 @@ from teacher_cache.build import BuildReport, build
 from teacher_cache.encodings import DenseTarget, SparseTarget, Target
 from teacher_cache.errors import CacheError, TeacherCacheError
 from teacher_cache.reader import Cache
-from teacher_cache.reader import open_cache as open  # noqa: A004 - a fixed name
+from teacher_cache.reader import open_cache as open
 from teacher_cache.spec import BuildSpec, load_spec
 from teacher_cache.verify import VerifyReport, verify
 

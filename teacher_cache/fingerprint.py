@@ -41,9 +41,7 @@ def content_digest(data: bytes | memoryview) -> int:
 
 def key_digest(key: str) -> int:
     """64-bit digest of a sample's stable key: the sample's part of every Philox address."""
-    return int.from_bytes(
-        hashlib.blake2b(key.encode(), digest_size=8, person=b"sample-key").digest(), "little"
-    )
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8, person=b"sample-key").digest(), "little")
 
 
 def key_digests(keys: list[str]) -> NDArray[np.uint64]:

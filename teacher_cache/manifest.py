@@ -93,8 +93,7 @@ class Manifest(Strict):
     def encodings(self) -> dict[str, Encoding]:
         """The encoding of each field."""
         return {
-            name: open_encoding(field.encoding, self.field_shapes[name], name)
-            for name, field in self.fields.items()
+            name: open_encoding(field.encoding, self.field_shapes[name], name) for name, field in self.fields.items()
         }
 
     def proof_group(self, view: int) -> Group:
@@ -219,8 +218,6 @@ def read_receipts(root: Path, manifest: Manifest) -> list[Receipt]:
         if receipt.identity != manifest.identity.whole:
             raise CorruptionError(place, "belongs to another cache", receipt.identity, hint)
         if receipt_path(receipt.view, receipt.shard) != place:
-            raise CorruptionError(
-                place, "stands in another receipt's place", (receipt.view, receipt.shard), hint
-            )
+            raise CorruptionError(place, "stands in another receipt's place", (receipt.view, receipt.shard), hint)
         found.append(receipt)
     return found

@@ -65,9 +65,7 @@ def first_views(opened: Opened, count: int = 1) -> tuple[list[int], Views]:
         if len(rows) == count:
             break
     if not rows:
-        raise SourceError(
-            "source", "has no sample that can be decoded", len(opened.source), "Check the files."
-        )
+        raise SourceError("source", "has no sample that can be decoded", len(opened.source), "Check the files.")
     return rows, opened.view_of(rows, 0)
 
 
@@ -79,7 +77,8 @@ def draft(opened: Opened) -> Manifest:
     """
     spec, source, recipe = opened.spec, opened.source, opened.recipe
     _, views = first_views(opened)
-    shape = tuple(views.pixels_BCHW.shape[1:])
+    _, channels, height, width = views.pixels_BCHW.shape
+    shape = (channels, height, width)
     shapes = probe(opened, shape)
     described = spec.model_dump(mode="json", exclude={"cache": True, "compute": {"workers", "attempts"}})
     return Manifest(
@@ -114,9 +113,7 @@ def probe(opened: Opened, view_shape: tuple[int, ...]) -> dict[str, tuple[int, .
         answer = opened.teacher(batch)
     except (RuntimeError, ValueError) as error:
         hint = "Check the recipe's size, the channels and the weights."
-        raise TeacherError(
-            "teacher.model", f"fails on a view {view_shape}: {error}", spec.model, hint
-        ) from error
+        raise TeacherError("teacher.model", f"fails on a view {view_shape}: {error}", spec.model, hint) from error
     shapes = {name: tuple(value.shape[1:]) for name, value in answer.items()}
     _check_classes(opened, shapes)
     return shapes
@@ -131,9 +128,7 @@ def _check_classes(opened: Opened, shapes: dict[str, tuple[int, ...]]) -> None:
         hint = "Use weights for these classes, or give the source the teacher's class names."
         raise TeacherError("teacher.model", f"must answer for the {len(names)} class names", logits[0], hint)
     if own is not None and names is not None and own != names:
-        differs = next(
-            (i for i, pair in enumerate(zip(own, names, strict=False)) if pair[0] != pair[1]), len(names)
-        )
+        differs = next((i for i, pair in enumerate(zip(own, names, strict=False)) if pair[0] != pair[1]), len(names))
         hint = f"They differ first at class {differs}; the teacher's head and the labels must have one order."
         raise TeacherError("teacher.class_names", "must equal the source's class names, in order", own, hint)
 
@@ -146,9 +141,7 @@ def _identity(opened: Opened, shapes: dict[str, tuple[int, ...]]) -> Identity:
         recipe=fingerprint("views", 1, {"recipe": opened.recipe.fingerprint, "count": spec.views.count}),
         view=opened.recipe.view_fingerprint,
         teacher=opened.teacher.fingerprint,
-        encoding=fingerprint(
-            "encoding", 1, {"fields": fields, "shapes": {k: list(v) for k, v in shapes.items()}}
-        ),
+        encoding=fingerprint("encoding", 1, {"fields": fields, "shapes": {k: list(v) for k, v in shapes.items()}}),
         store=fingerprint("store", 1, spec.store.model_dump(mode="json")),
         numerics=fingerprint(
             "numerics",

@@ -129,9 +129,7 @@ class _Pool:
         if self._attempts[oldest] >= self._attempts_allowed:
             name = f"view {oldest.view}, shard {oldest.shard}"
             hint = "Run with --executor serial to see why; memory is the usual reason."
-            raise BuildError(
-                name, f"killed its worker {self._attempts[oldest]} times", error, hint
-            ) from error
+            raise BuildError(name, f"killed its worker {self._attempts[oldest]} times", error, hint) from error
         waiting.extendleft(sorted(lost, reverse=True))
         self._workers[worker] = self._start()
         for _ in range(_IN_FLIGHT):

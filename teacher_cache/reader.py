@@ -189,9 +189,7 @@ class Cache:
         if (view, shard) not in self.files:
             start, stop = self.manifest.grid.span(shard)
             hint = "Finish the build: teacher-cache build CONFIG goes on where it stopped."
-            raise HoleError(
-                f"view {view}", "must be committed before it is read", f"rows {start}..{stop - 1}", hint
-            )
+            raise HoleError(f"view {view}", "must be committed before it is read", f"rows {start}..{stop - 1}", hint)
         reader = self._store.open_shard(self.path, group, shard, self.files[view, shard])
         self._shards[group.path, shard] = reader
         if len(self._shards) > _OPEN_SHARDS:
@@ -210,9 +208,7 @@ class Cache:
             source = open_source(self._source_spec or spec.source)
             if source_fingerprint(source) != self.manifest.identity.source:
                 hint = "Restore the data set, or open the cache with source=… where it is."
-                raise MismatchError(
-                    "source", "must be the one that the cache was built over", spec.source, hint
-                )
+                raise MismatchError("source", "must be the one that the cache was built over", spec.source, hint)
             self._source = source
         return self._source
 
@@ -271,9 +267,7 @@ class Cache:
         stored = self.params(view, [row])[0].tolist()
         why = "the parameters differ" if drawn != stored else "the same parameters give other pixels"
         hint = f"Built with {self.manifest.versions}, now {now}: {why}. Use the versions of the build."
-        raise ViewMismatch(
-            place, "must be the pixels that the teacher saw", f"{int(differs.sum())} rows differ", hint
-        )
+        raise ViewMismatch(place, "must be the pixels that the teacher saw", f"{int(differs.sum())} rows differ", hint)
 
 
 def open_cache(path: str | Path, source: SourceSpec | None = None) -> Cache:

@@ -66,9 +66,7 @@ def run_shard(job: Job, place: ShardId) -> Receipt:
         NonFiniteError: the teacher answered NaN or inf; names the sample.
     """
     work = _Shard(job, place)
-    for start, stop in _micro_batches(
-        *job.manifest.grid.span(place.shard), job.opened.spec.teacher.micro_batch
-    ):
+    for start, stop in _micro_batches(*job.manifest.grid.span(place.shard), job.opened.spec.teacher.micro_batch):
         work.answer(start, stop)
     return work.commit()
 
@@ -106,9 +104,7 @@ class _Shard:
         self.start, self.stop = job.manifest.grid.span(place.shard)
         rows = self.stop - self.start
         self.columns: dict[str, dict[str, NDArray[Any]]] = {
-            group.path: {
-                part.name: np.full((rows, *part.shape), part.fill, part.dtype) for part in group.parts
-            }
+            group.path: {part.name: np.full((rows, *part.shape), part.fill, part.dtype) for part in group.parts}
             for group in job.manifest.groups(place.view)
         }
         self.content = np.zeros(rows, np.uint64)
@@ -166,9 +162,7 @@ class _Shard:
             views = render_views(opened.recipe, images, opened.digests[rows], self.place.view)
         except (SpecError, RuntimeError, ValueError) as error:
             hint = "Correct the recipe so that it holds for every sample."
-            raise BuildError(
-                self._name(rows), f"cannot be rendered: {error}", self.place.view, hint
-            ) from error
+            raise BuildError(self._name(rows), f"cannot be rendered: {error}", self.place.view, hint) from error
         if tuple(views.pixels_BCHW.shape[1:]) != manifest.view_shape:
             hint = "Add `resize` and `center_crop`, so that all views have one size."
             found = tuple(views.pixels_BCHW.shape[1:])
@@ -185,18 +179,14 @@ class _Shard:
         except Exception as error:
             # Whatever a user's model raises ends the build; it is named and chained, never swallowed.
             hint = "Correct the model, then run the same command again: it goes on."
-            raise BuildError(
-                self._name(rows), f"the teacher raised {error!r}", self.place.view, hint
-            ) from error
+            raise BuildError(self._name(rows), f"the teacher raised {error!r}", self.place.view, hint) from error
         for field, shape in self.job.manifest.field_shapes.items():
             if tuple(outputs[field].shape) != (size, *shape):
                 rule = f"the teacher must answer {field} as {(size, *shape)}"
                 raise BuildError(self._name(rows), rule, tuple(outputs[field].shape), "Check the model.")
         return {field: value[: len(rows)] for field, value in outputs.items()}
 
-    def _encode(
-        self, field: str, encoding: Encoding, rows: list[int], values: Tensor
-    ) -> dict[str, NDArray[Any]]:
+    def _encode(self, field: str, encoding: Encoding, rows: list[int], values: Tensor) -> dict[str, NDArray[Any]]:
         try:
             return encoding.encode(values)
         except NonFiniteError as error:

@@ -156,16 +156,10 @@ class TeacherSpec(Strict):
     """Which frozen model answers, on what, and what is kept of its answers."""
 
     name: str = Field(default="teacher", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
-    model: str = Field(
-        description="torchvision:<name>, timm:<name>, module:attribute, FILE.pt2 or http(s)://…"
-    )
-    arguments: dict[str, Any] = Field(
-        default_factory=dict, description="keyword arguments of the constructor"
-    )
+    model: str = Field(description="torchvision:<name>, timm:<name>, module:attribute, FILE.pt2 or http(s)://…")
+    arguments: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the constructor")
     weights: str | None = Field(default=None, description=".safetensors or .pt state dict")
-    normalize: NormalizeSpec | None = Field(
-        default=None, description="the recipe's `normalize` where not given"
-    )
+    normalize: NormalizeSpec | None = Field(default=None, description="the recipe's `normalize` where not given")
     class_names: tuple[str, ...] | None = Field(default=None, description="the order of the teacher's head")
     fields: dict[str, FieldSpec] = Field(default_factory=_logits_only, min_length=1)
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -195,17 +189,13 @@ class StoreSpec(Strict):
     """How rows lie on disk."""
 
     kind: Literal["zarr", "parquet"] = "zarr"
-    shard_rows: int = Field(
-        default=1024, gt=0, description="rows in one file: the unit of work and of commit"
-    )
+    shard_rows: int = Field(default=1024, gt=0, description="rows in one file: the unit of work and of commit")
     chunk_rows: int = Field(default=256, gt=0, description="rows under one checksum (Zarr)")
 
     @model_validator(mode="after")
     def _divides(self) -> StoreSpec:
         if self.shard_rows % self.chunk_rows:
-            raise ValueError(
-                f"shard_rows ({self.shard_rows}) is not a multiple of chunk_rows ({self.chunk_rows})"
-            )
+            raise ValueError(f"shard_rows ({self.shard_rows}) is not a multiple of chunk_rows ({self.chunk_rows})")
         return self
 
 
@@ -213,9 +203,7 @@ class ComputeSpec(Strict):
     """Where the work runs. `threads` can change the last bit of a logit, so it is part of the identity."""
 
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda)$")
-    workers: int | None = Field(
-        default=None, gt=0, description="default: one for each GPU, else each `threads` cores"
-    )
+    workers: int | None = Field(default=None, gt=0, description="default: one for each GPU, else each `threads` cores")
     threads: int = Field(default=1, gt=0, description="torch threads of one worker")
     attempts: int = Field(default=3, gt=0, description="tries for a shard whose worker died")
 
@@ -275,9 +263,7 @@ def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
     try:
         data = yaml.safe_load(Path(path).read_text())
     except (OSError, yaml.YAMLError) as error:
-        raise SpecError(
-            str(path), "must be a readable YAML file", error, "Check the path and its syntax."
-        ) from None
+        raise SpecError(str(path), "must be a readable YAML file", error, "Check the path and its syntax.") from None
     if not isinstance(data, dict):
         raise SpecError(str(path), "must hold a mapping", type(data).__name__, "See examples/digits.yaml.")
     for override in overrides:

@@ -49,9 +49,7 @@ class VerifyReport:
         return not self.problems
 
 
-def verify(
-    path: str | Path, recompute: int = 0, views: int = 0, source: SourceSpec | None = None
-) -> VerifyReport:
+def verify(path: str | Path, recompute: int = 0, views: int = 0, source: SourceSpec | None = None) -> VerifyReport:
     """Checks a cache.
 
     Structure, tables, every file's length and CRC-32C at its place, holes and stray files, always; on request a

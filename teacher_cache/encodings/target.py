@@ -82,8 +82,13 @@ class SparseTarget:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> SparseTarget:
         """The same target on another device."""
-        parts = (self.values_BK, self.indices_BK, self.tail_logmass_B, self.lse_B)
-        return SparseTarget(*(part.to(device, non_blocking=non_blocking) for part in parts), self.classes)
+        return SparseTarget(
+            self.values_BK.to(device, non_blocking=non_blocking),
+            self.indices_BK.to(device, non_blocking=non_blocking),
+            self.tail_logmass_B.to(device, non_blocking=non_blocking),
+            self.lse_B.to(device, non_blocking=non_blocking),
+            self.classes,
+        )
 
     def dense(self) -> DenseTarget:
         """Raw logits float32 [B, C], the classes left out at their common logit."""

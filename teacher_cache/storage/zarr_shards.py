@@ -18,6 +18,7 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 from zarr.abc.buffer import Buffer
+from zarr.abc.codec import ArrayBytesCodec, BytesBytesCodec
 from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec
 from zarr.storage import MemoryStore
 
@@ -53,7 +54,7 @@ class ZarrStore:
         return {f"data/{key}": value.to_bytes() for key, value in sorted(files.items())}
 
     def _create(self, memory: MemoryStore, name: str, part: Part) -> None:
-        inner = [BytesCodec(endian="little"), Crc32cCodec()]
+        inner: list[ArrayBytesCodec | BytesBytesCodec] = [BytesCodec(endian="little"), Crc32cCodec()]
         sharding = ShardingCodec(
             chunk_shape=(self.grid.chunk_rows, *part.shape),
             codecs=inner,

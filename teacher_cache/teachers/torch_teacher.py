@@ -44,7 +44,7 @@ class TorchTeacher:
         self._format = torch.channels_last if channels_last else torch.contiguous_format
         self._module = module.requires_grad_(False).to(device=device)
         if channels_last:
-            self._module = self._module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            self._module = self._module.to(memory_format=torch.channels_last)
         self._normalize, self._precision, self._device = normalize, precision, torch.device(device)
         self._fields = dict(fields)
         self._tapped: dict[str, Tensor] = {}

@@ -95,7 +95,8 @@ class Resize:
     def apply(self, image_CHW: Tensor, params: tuple[int, ...]) -> Tensor:
         size = [self.size] if isinstance(self.size, int) else list(self.size)
         mode = InterpolationMode(self.interpolation)
-        return pixels.resize(image_CHW, size, interpolation=mode, antialias=self.antialias)
+        resized: Tensor = pixels.resize(image_CHW, size, interpolation=mode, antialias=self.antialias)
+        return resized
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,8 @@ class CenterCrop:
         return np.broadcast_to(np.array(_pair("size", self.size), np.int64), sizes_B2.shape)
 
     def apply(self, image_CHW: Tensor, params: tuple[int, ...]) -> Tensor:
-        return pixels.center_crop(image_CHW, list(_pair("size", self.size)))
+        cropped: Tensor = pixels.center_crop(image_CHW, list(_pair("size", self.size)))
+        return cropped
 
 
 @dataclass(frozen=True)
@@ -156,7 +158,7 @@ class PadCrop:
     def apply(self, image_CHW: Tensor, params: tuple[int, ...]) -> Tensor:
         height, width = _pair("size", self.size)
         top, left = params
-        padded = pixels.pad(image_CHW, [self.padding], fill=self.fill, padding_mode=self.padding_mode)
+        padded: Tensor = pixels.pad(image_CHW, [self.padding], fill=self.fill, padding_mode=self.padding_mode)
         return padded[:, top : top + height, left : left + width]
 
 
@@ -224,13 +226,14 @@ class RandomResizedCrop:
         aspect = np.exp(low + unit(words[:, :, 1]) * (high - low))
         crop_w = np.rint(np.sqrt(area * aspect)).astype(np.int64)
         crop_h = np.rint(np.sqrt(area / aspect)).astype(np.int64)
-        fits = (crop_w > 0) & (crop_w <= width) & (crop_h > 0) & (crop_h <= height)
+        fits: NDArray[np.bool_] = (crop_w > 0) & (crop_w <= width) & (crop_h > 0) & (crop_h <= height)
+        found = fits.any(axis=1, keepdims=True)
         pick = (np.arange(len(words)), fits.argmax(axis=1))
         crop = np.stack([crop_h[pick], crop_w[pick]], axis=1)
-        room = np.where(fits.any(axis=1)[:, None], sizes_B2 - crop, 0)
+        room = np.where(found, sizes_B2 - crop, 0)
         corner = below(words[:, :, 2:][pick], room + 1)
         drawn = np.concatenate([corner, crop], axis=1)
-        return np.where(fits.any(axis=1)[:, None], drawn, self._central(sizes_B2)).astype(np.int32)
+        return np.where(found, drawn, self._central(sizes_B2)).astype(np.int32)
 
     def _central(self, sizes_B2: Sizes) -> NDArray[np.int64]:
         height, width = sizes_B2[:, 0], sizes_B2[:, 1]
@@ -246,9 +249,10 @@ class RandomResizedCrop:
         top, left, height, width = params
         mode = InterpolationMode(self.interpolation)
         size = list(_pair("size", self.size))
-        return pixels.resized_crop(
+        cropped: Tensor = pixels.resized_crop(
             image_CHW, top, left, height, width, size, interpolation=mode, antialias=self.antialias
         )
+        return cropped
 
 
 OPERATIONS: dict[str, Callable[..., Operation]] = {

@@ -1,4 +1,4 @@
-"""A recipe: named operations with parameters, as data. The native way from (sample, view number) to pixels."""
+"""A recipe: named operations with parameters, as data; the native way from (sample, view) to pixels."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Recipe:
     seed: int
     """64-bit root seed: the Philox key."""
     normalize: NormalizeSpec | None = None
-    """What the teacher (and, unless it says otherwise, the student) does after the view; not part of the view."""
+    """What the teacher does after the view, and the student unless it says otherwise; not part of the view."""
 
     promise: ClassVar[str] = "native"
 

@@ -28,7 +28,8 @@ from teacher_cache.views.philox import view_words
 class SeededGlobal:
     """A callable `uint8 [C, H, W] -> uint8 [C, H, W]` named as `module:attribute`.
 
-    Deterministic for given versions of torch and torchvision. Not thread-safe: it borrows the global generator.
+    Deterministic for given versions of torch and torchvision. Not thread-safe: it borrows the global
+    generator.
     """
 
     reference: str
@@ -63,7 +64,7 @@ class SeededGlobal:
         return self.fingerprint
 
     def resolve(self, digests_B: NDArray[np.uint64], sizes_B2: Sizes, view: int) -> Params:
-        """The 32-bit generator seed of each sample, int32 [B, 1] (torch's CPU generator keeps 32 bits only)."""
+        """The generator seed of each sample, int32 [B, 1]: torch's CPU generator keeps 32 bits only."""
         words = view_words(digests_B, view, 0, 1, self.seed)
         return np.ascontiguousarray(words[:, :1]).view(np.int32)
 

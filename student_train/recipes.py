@@ -1,0 +1,116 @@
+"""Configurations of training runs: what may be written in a YAML file for `fit` and `compare`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, assert_never
+
+from pydantic import Field, model_validator
+
+from student_train.objective import KD, CrossEntropy, Objective, Term
+from teacher_cache.spec import NormalizeSpec, SourceSpec, Strict, ViewSpec
+
+
+class StudentSpec(Strict):
+    """`small_cnn`, `resnet20_cifar`, `resnet56_cifar`, `torchvision:<name>` or `module:attribute`."""
+
+    model: str
+    arguments: dict[str, Any] = Field(default_factory=dict)
+
+
+class CrossEntropySpec(Strict):
+    """Hard labels."""
+
+    kind: Literal["cross_entropy"]
+    weight: float = Field(default=1.0, gt=0)
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+
+
+class KDSpec(Strict):
+    """Soft targets from the cache."""
+
+    kind: Literal["kd"]
+    weight: float = Field(default=1.0, gt=0)
+    temperature: float = Field(default=4.0, gt=0)
+    field: str = "logits"
+
+
+TermSpec = Annotated[CrossEntropySpec | KDSpec, Field(discriminator="kind")]
+ObjectiveSpec = Annotated[tuple[TermSpec, ...], Field(min_length=1)]
+
+
+class TrainSpec(Strict):
+    """The optimiser, its schedule and the batches."""
+
+    epochs: int = Field(gt=0)
+    batch_size: int = Field(default=128, gt=0)
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    lr: float = Field(default=0.1, gt=0)
+    momentum: float = Field(default=0.9, ge=0, lt=1, description="sgd only; Nesterov's form")
+    weight_decay: float = Field(default=5e-4, ge=0)
+    schedule: Literal["cosine", "constant"] = "cosine"
+    drop_last: bool = True
+    check_views: int = Field(default=2, ge=0, description="views of each batch compared with the teacher's")
+    workers: int = Field(default=0, ge=0, description="processes that prepare batches")
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+class DataSpec(Strict):
+    """A cache, or a labelled source with its views where there is no teacher to learn from."""
+
+    cache: str | None = None
+    source: SourceSpec | None = Field(default=None, description="with `cache`: where the data set is now")
+    views: ViewSpec | None = None
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> DataSpec:
+        if (self.cache is None) == (self.views is None):
+            raise ValueError("give either `cache`, or `source` and `views`")
+        if self.cache is None and self.source is None:
+            raise ValueError("give `source` beside `views`")
+        return self
+
+
+class EvaluateSpec(Strict):
+    """Labelled data to measure on: view 0 of a recipe without randomness."""
+
+    source: SourceSpec
+    views: ViewSpec
+
+
+class RunSpec(Strict):
+    """What `fit` and `compare` share."""
+
+    run: str = Field(description="the folder for checkpoints, metrics and results")
+    data: DataSpec
+    student: StudentSpec
+    normalize: NormalizeSpec | None = Field(default=None, description="the recipe's `normalize` where not given")
+    train: TrainSpec
+    evaluate: EvaluateSpec
+
+
+class FitSpec(RunSpec):
+    """One run of one student."""
+
+    objective: ObjectiveSpec
+    seed: int = Field(default=0, ge=0, lt=2**32)
+
+
+class CompareSpec(RunSpec):
+    """Several arms, each with every seed; equal seeds share initial weights, order and views."""
+
+    arms: dict[str, ObjectiveSpec] = Field(min_length=2, description="the first is what others are held against")
+    seeds: tuple[int, ...] = Field(default=(0, 1, 2), min_length=2)
+
+
+def open_objective(terms: tuple[TermSpec, ...]) -> Objective:
+    """The objective that a configuration describes."""
+    return Objective([_open_term(term) for term in terms])
+
+
+def _open_term(spec: TermSpec) -> Term:
+    match spec:
+        case CrossEntropySpec():
+            return CrossEntropy(spec.weight, spec.label_smoothing)
+        case KDSpec():
+            return KD(spec.weight, spec.temperature, spec.field)
+    assert_never(spec)

@@ -1,0 +1,118 @@
+"""From a configuration to a trained student: what `student-train fit` does, and each cell of `compare`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from student_train.cached_rows import CachedRows
+from student_train.checkpoint import save_model
+from student_train.data import LabelledRows, Rows
+from student_train.evaluate import accuracy
+from student_train.recipes import DataSpec, RunSpec, TermSpec, open_objective
+from student_train.stream import ViewStream
+from student_train.students import open_student
+from student_train.train import FitResult, Log, fit
+from teacher_cache import Cache
+from teacher_cache.errors import SpecError
+from teacher_cache.fingerprint import fingerprint
+from teacher_cache.teachers import resolve_device
+from teacher_cache.teachers.weights import load_into
+
+
+@dataclass(frozen=True)
+class Opened:
+    """The data of a configuration, opened once and used by every arm and seed."""
+
+    train: Rows
+    test: Rows
+
+
+def open_data(spec: RunSpec) -> Opened:
+    """Opens the training and the evaluation data."""
+    return Opened(_open_rows(spec.data), LabelledRows(spec.evaluate.source, spec.evaluate.views))
+
+
+def _open_rows(spec: DataSpec) -> Rows:
+    if spec.cache is not None:
+        return CachedRows(Cache(spec.cache, spec.source))
+    assert spec.source is not None, "the spec has checked it"
+    assert spec.views is not None, "the spec has checked it"
+    return LabelledRows(spec.source, spec.views)
+
+
+def train_one(
+    spec: RunSpec, opened: Opened, terms: tuple[TermSpec, ...], seed: int, folder: Path, log: Log | None = None
+) -> FitResult:
+    """Trains one student with one seed, going on from the folder's checkpoint if there is one.
+
+    Args:
+        spec: student, training, evaluation.
+        opened: its data.
+        terms: the objective.
+        seed: of initial weights and order; equal seeds share both, whatever the objective.
+        folder: gets `checkpoint.pt`, `metrics.jsonl` and `model.safetensors`.
+        log: called with each epoch's entry.
+    """
+    student, objective = _student(spec, opened, seed), open_objective(terms)
+    stream = ViewStream(
+        opened.train,
+        batch_size=spec.train.batch_size,
+        fields=objective.fields,
+        seed=seed,
+        drop_last=spec.train.drop_last,
+        check_views=spec.train.check_views,
+        workers=spec.train.workers,
+    )
+    normalization = spec.normalize or opened.train.normalize
+    device = resolve_device(spec.train.device)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        result = fit(
+            student,
+            stream,
+            objective,
+            spec.train,
+            normalization=normalization,
+            evaluate=lambda model: accuracy(model, opened.test, normalization, device),
+            folder=folder,
+            run=_run_fingerprint(spec, terms, seed),
+            log=log,
+        )
+    save_model(folder, student)
+    return result
+
+
+def _student(spec: RunSpec, opened: Opened, seed: int) -> nn.Module:
+    classes = opened.train.classes
+    if classes is None:
+        hint = "Give the source class_names."
+        raise SpecError("data", "must tell how many classes there are", None, hint)
+    channels = opened.test.render(0, opened.test.alive[:1], 0).pixels_BCHW.shape[1]
+    return open_student(spec.student, classes, channels, seed)
+
+
+def _run_fingerprint(spec: RunSpec, terms: tuple[TermSpec, ...], seed: int) -> str:
+    # Workers and the device decide no batch: a run may go on elsewhere.
+    excluded: Any = {
+        "run": True,
+        "train": {"workers", "device"},
+        "arms": True,
+        "seeds": True,
+        "objective": True,
+        "seed": True,
+    }
+    body = spec.model_dump(mode="json", exclude=excluded)
+    return fingerprint("run", 1, {**body, "terms": [term.model_dump(mode="json") for term in terms], "seed": seed})
+
+
+def evaluate_weights(spec: RunSpec, weights: Path) -> float:
+    """Accuracy of a finished student's `model.safetensors` on the configuration's evaluation data."""
+    opened = open_data(spec)
+    student = _student(spec, opened, seed=0)
+    load_into(student, str(weights))
+    return accuracy(student, opened.test, spec.normalize or opened.train.normalize)

@@ -1,0 +1,190 @@
+"""Step 10, train: one flat loop."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import SGD, AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from student_train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from student_train.objective import Objective
+from student_train.recipes import TrainSpec
+from student_train.stream import Batch, ViewStream
+from teacher_cache.errors import NonFiniteError, SpecError
+from teacher_cache.spec import NormalizeSpec
+from teacher_cache.storage import write_atomic
+from teacher_cache.teachers import resolve_device
+from teacher_cache.views import normalize
+
+Log = Callable[[dict[str, float]], None]
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """What a run leaves behind; the student itself is trained in place."""
+
+    history: list[dict[str, float]]
+    """One entry an epoch: `epoch`, `loss`, each term's value, `lr`, `seconds`, `data_seconds`, `step_seconds`,
+    and `accuracy` where an evaluation was given."""
+
+
+def fit(
+    student: nn.Module,
+    stream: ViewStream,
+    objective: Objective,
+    train: TrainSpec,
+    *,
+    normalization: NormalizeSpec | None = None,
+    evaluate: Callable[[nn.Module], float] | None = None,
+    folder: Path | None = None,
+    run: str = "",
+    log: Log | None = None,
+) -> FitResult:
+    """Trains a student, in place.
+
+    Args:
+        student: images to logits.
+        stream: must carry the fields that the objective reads.
+        objective: the weighted terms.
+        train: optimiser, schedule, epochs.
+        normalization: of the student's input; the recipe's where not given.
+        evaluate: called after every epoch; its value is reported, never used for a choice.
+        folder: where a checkpoint is kept after every epoch; a run that finds one goes on from it.
+        run: names the configuration, so that another run's checkpoint is refused.
+        log: called with each epoch's entry.
+
+    Raises:
+        SpecError: the objective reads labels or fields that the stream does not carry.
+        NonFiniteError: the loss became NaN or inf.
+    """
+    _check(objective, stream)
+    device = resolve_device(train.device)
+    student.to(device)
+    optimizer = _optimizer(student, train)
+    total = train.epochs * len(stream)
+    schedule = LambdaLR(optimizer, lambda step: _factor(train, step, total))
+    history = _resume(folder, run, student, optimizer, schedule, stream)
+    normalization = normalization or stream.data.normalize
+    while stream.epoch < train.epochs:
+        student.train()
+        sums, waited, started = _Sums(), 0.0, time.perf_counter()
+        for batch, wait in _timed(stream):
+            batch = batch.to(device)
+            logits_BC = student(normalize(batch.views_BCHW, normalization))
+            loss, values = objective(logits_BC, batch)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            schedule.step()
+            sums.add({"loss": loss.detach(), **values}, len(batch))
+            waited += wait
+        seconds = time.perf_counter() - started
+        entry: dict[str, float] = {"epoch": float(stream.epoch), **sums.means(), "lr": float(schedule.get_last_lr()[0])}
+        entry |= {"seconds": seconds, "data_seconds": waited, "step_seconds": seconds - waited}
+        if evaluate is not None:
+            entry["accuracy"] = evaluate(student)
+        history.append(entry)
+        _keep(folder, run, student, optimizer, schedule, stream, history)
+        if log is not None:
+            log(entry)
+    return FitResult(history)
+
+
+def _check(objective: Objective, stream: ViewStream) -> None:
+    if objective.needs_labels and stream.data.labels is None:
+        hint = "Leave `cross_entropy` out, or use a labelled source."
+        raise SpecError("objective", "reads labels, and the data has none", "no labels", hint)
+    missing = [field for field in objective.fields if field not in stream.fields]
+    if missing:
+        hint = f"Open the stream with fields={objective.fields}."
+        raise SpecError("stream.fields", f"must carry {missing[0]}", stream.fields, hint)
+
+
+def _optimizer(student: nn.Module, train: TrainSpec) -> Optimizer:
+    if train.optimizer == "adamw":
+        return AdamW(student.parameters(), lr=train.lr, weight_decay=train.weight_decay)
+    nesterov = train.momentum > 0
+    return SGD(
+        student.parameters(), train.lr, momentum=train.momentum, weight_decay=train.weight_decay, nesterov=nesterov
+    )
+
+
+def _factor(train: TrainSpec, step: int, total: int) -> float:
+    """What the learning rate is multiplied by: cosine to zero over the whole run (Loshchilov and Hutter 2017)."""
+    if train.schedule == "constant":
+        return 1.0
+    return 0.5 * (1 + math.cos(math.pi * min(step, total) / total))
+
+
+def _timed(stream: ViewStream) -> Iterator[tuple[Batch, float]]:
+    """Each batch with the seconds that were spent waiting for it."""
+    batches, waiting = iter(stream), time.perf_counter()
+    for batch in batches:
+        yield batch, time.perf_counter() - waiting
+        waiting = time.perf_counter()
+
+
+class _Sums:
+    """Running means over rows, kept on the device: reading one every step would wait for the GPU."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, torch.Tensor] = {}
+        self._rows = 0
+
+    def add(self, values: dict[str, torch.Tensor], rows: int) -> None:
+        self._rows += rows
+        for name, value in values.items():
+            self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value * rows
+
+    def means(self) -> dict[str, float]:
+        means = {name: float(value) / self._rows for name, value in self._sums.items()}
+        if not math.isfinite(means["loss"]):
+            hint = "Lower train.lr; the last checkpoint is from the epoch before."
+            raise NonFiniteError("loss", "must stay finite", means["loss"], hint)
+        return means
+
+
+def _resume(
+    folder: Path | None, run: str, student: nn.Module, optimizer: Optimizer, schedule: LambdaLR, stream: ViewStream
+) -> list[dict[str, float]]:
+    found = load_checkpoint(folder, run) if folder is not None else None
+    if found is None:
+        return []
+    student.load_state_dict(found.student)
+    optimizer.load_state_dict(found.optimizer)
+    schedule.load_state_dict(found.schedule)
+    stream.load_state_dict(found.stream)
+    torch.set_rng_state(found.generator)
+    return list(found.history)
+
+
+def _keep(
+    folder: Path | None,
+    run: str,
+    student: nn.Module,
+    optimizer: Optimizer,
+    schedule: LambdaLR,
+    stream: ViewStream,
+    history: list[dict[str, float]],
+) -> None:
+    if folder is None:
+        return
+    states: dict[str, Any] = {
+        "student": student.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        # The schedule's function is made anew from the configuration; only its counters are kept.
+        "schedule": {key: value for key, value in schedule.state_dict().items() if key != "lr_lambdas"},
+        "stream": stream.state_dict(),
+    }
+    save_checkpoint(folder, Checkpoint(**states, history=history, run=run, generator=torch.get_rng_state()))
+    lines = "".join(json.dumps(entry) + "\n" for entry in history)
+    write_atomic(folder, "metrics.jsonl", lines.encode())

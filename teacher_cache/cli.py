@@ -1,0 +1,248 @@
+"""`teacher-cache`: plan, build, status, verify, describe, report, export."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal, NoReturn
+
+import typer
+
+from teacher_cache import console
+from teacher_cache.spec import SourceSpec, load_spec
+
+app = typer.Typer(
+    help="Run a frozen teacher once over seeded views; keep its soft targets.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+Config = Annotated[Path, typer.Argument(help="A build's YAML file.", metavar="CONFIG")]
+CachePath = Annotated[Path, typer.Argument(help="A cache's folder.", metavar="PATH")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", help="Replace a value: teacher.weights=w.pt", metavar="KEY=VALUE")
+]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
+SourceFrom = Annotated[
+    Path | None, typer.Option("--source-from", help="A CONFIG whose `source` says where the data is now.")
+]
+
+
+def main() -> NoReturn:
+    """Entry point of the console script."""
+    console.sys_path_here()
+    console.run(app, "What is committed stays; the same command goes on where it stopped.")
+
+
+@app.command()
+def plan(config: Config, set_: Set = None, json: Json = False) -> None:
+    """Time the teacher, and say what a build will cost and when it will have paid for itself."""
+    from teacher_cache.cost import estimate
+
+    spec = load_spec(config, set_ or ())
+    cost = estimate(spec)
+    for warning in cost.warnings:
+        console.warn(warning)
+    hours = {str(count): cost.hours(count) for count in sorted({cost.devices, 1, 2, 4, 8})}
+    payback = cost.payback_epochs(spec.views.count)
+    if json:
+        console.print_json({**vars(cost), "hours": hours, "payback_epochs": payback})
+        return
+    by_field = ", ".join(f"{name} {count}" for name, count in cost.field_bytes.items())
+    console.print_facts(
+        f"plan of {config}",
+        {
+            "rows": f"{cost.rows:,} ({spec.views.count} views)",
+            "bytes per row": f"{cost.bytes_per_row} ({by_field})",
+            "bytes": console.size(cost.bytes),
+            "teacher": f"{cost.teacher_seconds_per_row * 1e3:.3f} ms a row on one device",
+            "views": f"{cost.render_seconds_per_row * 1e3:.3f} ms a row on one core",
+            f"time here ({cost.devices} workers)": _duration(cost.hours(cost.devices)),
+            **{f"time on {count} devices": _duration(cost.hours(count)) for count in (2, 4, 8)},
+            "paid back after": f"{payback:.1f} student epochs, against running the teacher in each",
+        },
+    )
+
+
+def _duration(hours: float) -> str:
+    if hours >= 1:
+        return f"{hours:.1f} h"
+    return f"{hours * 60:.1f} min" if hours * 60 >= 1 else f"{hours * 3600:.1f} s"
+
+
+@app.command()
+def build(
+    config: Config,
+    set_: Set = None,
+    executor: Annotated[
+        Literal["ray", "serial"], typer.Option(help="ray or serial; both write the same bytes.")
+    ] = "ray",
+    json: Json = False,
+) -> None:
+    """Build the cache, or go on with it; committed shards are never computed again."""
+    from teacher_cache.build import build as run_build
+
+    spec = load_spec(config, set_ or ())
+    with console.progress_bar("build", "rows") as progress:
+        report = run_build(spec, executor, progress)
+    for warning in report.warnings:
+        console.warn(warning)
+    if json:
+        console.print_json({**vars(report), "rows_per_second": report.rows_per_second})
+        return
+    facts = {
+        "cache": report.path,
+        "rows": f"{report.rows:,} samples × {report.views} views",
+        "shards": f"{report.shards_total} ({report.shards_built} built in this run)",
+        "this run": f"{report.seconds:.1f} s, {report.rows_per_second:,.0f} rows/s" if report.rows_built else None,
+        "bytes": console.size(report.bytes),
+        "teacher accuracy": _percent(report.teacher_accuracy),
+        "tombstones": len(report.tombstones),
+        **{f"fidelity of {field}": _figures(found) for field, found in report.fidelity.items()},
+    }
+    console.print_facts("built", facts)
+    _show_tombstones(report.tombstones)
+
+
+def _percent(share: float | None) -> str | None:
+    return None if share is None else f"{share:.2%}"
+
+
+def _figures(found: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.3g}" for name, value in found.items())
+
+
+def _show_tombstones(tombstones: tuple[tuple[str, str], ...], most: int = 20) -> None:
+    if tombstones:
+        console.print_rows("samples that could not be decoded (tombstones)", ("key", "reason"), tombstones[:most])
+        if len(tombstones) > most:
+            console.out.print(f"… and {len(tombstones) - most} more: teacher-cache describe --json lists all")
+
+
+@app.command()
+def status(path: CachePath, json: Json = False) -> None:
+    """Say how much of a cache is committed; exit code 1 while it is incomplete."""
+    from teacher_cache.reader import open_cache
+
+    cache = open_cache(path)
+    manifest = cache.manifest
+    total = manifest.views * manifest.grid.shards
+    facts = {
+        "cache": str(path),
+        "state": manifest.state,
+        "shards committed": len(cache.files),
+        "shards planned": total,
+        "complete": cache.complete,
+    }
+    if json:
+        console.print_json(facts)
+    else:
+        console.print_facts("status", facts)
+    if not cache.complete:
+        raise typer.Exit(1)
+
+
+@app.command()
+def verify(
+    path: CachePath,
+    recompute: Annotated[int, typer.Option(min=0, help="Rows to ask of the teacher again.")] = 0,
+    views: Annotated[int, typer.Option(min=0, help="Views to render again.")] = 0,
+    source_from: SourceFrom = None,
+    json: Json = False,
+) -> None:
+    """Check every stored byte; exit code 1 when anything is wrong."""
+    from teacher_cache.verify import verify as run_verify
+
+    report = run_verify(path, recompute, views, _source(source_from))
+    if json:
+        console.print_json(
+            {**vars(report), "ok": report.ok, "problems": [vars(problem) for problem in report.problems]}
+        )
+    else:
+        facts = {
+            "cache": report.path,
+            "files": f"{report.files:,} ({console.size(report.bytes)})",
+            "views rendered again": report.views_checked or None,
+            "rows recomputed": report.rows_recomputed or None,
+            "problems": len(report.problems),
+        }
+        console.print_facts("verify: sound" if report.ok else "verify: NOT SOUND", facts)
+        if report.problems:
+            rows = [(problem.place, problem.what, problem.todo) for problem in report.problems]
+            console.print_rows("problems", ("where", "what", "what to do"), rows)
+    if not report.ok:
+        raise typer.Exit(1)
+
+
+def _source(config: Path | None) -> SourceSpec | None:
+    return load_spec(config).source if config is not None else None
+
+
+@app.command()
+def describe(path: CachePath, json: Json = False) -> None:
+    """Say what a cache is: identity, views, fields, fidelity, tombstones."""
+    from teacher_cache.reader import open_cache
+
+    cache = open_cache(path)
+    manifest, samples = cache.manifest, cache.samples
+    dead = tuple((key, why) for key, why in zip(samples.keys, samples.reasons, strict=True) if why)
+    if json:
+        console.print_json({**manifest.model_dump(mode="json"), "tombstones": dead})
+        return
+    facts = {
+        "state": manifest.state,
+        "rows": f"{manifest.rows:,} samples × {manifest.views} views",
+        "view": f"{manifest.view_shape}, promise {manifest.promise}",
+        "recipe": manifest.recipe,
+        "teacher": f"{manifest.teacher} ({manifest.spec['teacher']['model']})",
+        "fields": {name: list(shape) for name, shape in manifest.field_shapes.items()},
+        "encodings": {name: encoding.name for name, encoding in manifest.encodings.items()},
+        "store": f"{manifest.store.kind}, {manifest.store.shard_rows} rows a shard",
+        "identity": manifest.identity.whole,
+        "tombstones": len(dead),
+    }
+    if manifest.totals:
+        facts["bytes"] = console.size(manifest.totals.bytes)
+        facts |= {f"fidelity of {field}": _figures(found) for field, found in manifest.totals.fidelity.items()}
+    console.print_facts(f"cache {path}", facts)
+    _show_tombstones(dead)
+
+
+@app.command()
+def report(
+    path: CachePath,
+    html: Annotated[Path, typer.Option(help="The page to write.")],
+    comparison: Annotated[Path | None, typer.Option(help="result.json of student-train compare.")] = None,
+    source_from: SourceFrom = None,
+) -> None:
+    """Write a self-contained HTML page: targets, fidelity, a gallery of views, training curves."""
+    from teacher_cache.report import write_report
+
+    written = write_report(path, html, comparison, _source(source_from))
+    console.out.print(f"wrote {written} ({console.size(written.stat().st_size)})")
+
+
+@app.command()
+def export(
+    path: CachePath,
+    output: Annotated[Path, typer.Option(help="The .npz file to write.")],
+    field: Annotated[str, typer.Option(help="Which field.")] = "logits",
+    view: Annotated[int, typer.Option(help="Which view.")] = 0,
+) -> None:
+    """Write one field of one view as a plain .npz: keys, row numbers, labels and the stored parts."""
+    import numpy as np
+
+    from teacher_cache.reader import open_cache
+
+    cache = open_cache(path)
+    rows = np.flatnonzero(cache.alive)
+    columns = cache.columns(field, view, rows)
+    labels = {} if cache.labels is None else {"labels": cache.labels[rows]}
+    keys = np.array([cache.samples.keys[row] for row in rows])
+    np.savez(output, allow_pickle=False, keys=keys, rows=rows, **labels, **columns)
+    console.out.print(f"wrote {output}: {len(rows):,} rows of {field}, view {view}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

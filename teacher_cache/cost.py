@@ -1,0 +1,104 @@
+"""What a build will cost, measured on a few micro-batches of the real teacher, before anything is written."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from teacher_cache.encodings import row_bytes
+from teacher_cache.manifest import Manifest
+from teacher_cache.plan import Opened, draft, first_views, open_parts
+from teacher_cache.spec import BuildSpec
+
+
+@dataclass(frozen=True)
+class Cost:
+    """An estimate; every figure follows from the two measured times."""
+
+    rows: int
+    """Samples times views."""
+    bytes_per_row: int
+    """Of all fields and the view's proof, without padding and checksums."""
+    bytes: int
+    teacher_seconds_per_row: float
+    render_seconds_per_row: float
+    """Reading, decoding and rendering, on one core."""
+    devices: int
+    """Workers that this machine would run."""
+    field_bytes: dict[str, int]
+    """Bytes of one row, by field; the view's proof under `view`."""
+    warnings: tuple[str, ...]
+
+    def hours(self, devices: int) -> float:
+        """Wall-clock hours on so many devices like the measured one."""
+        return self.rows * (self.teacher_seconds_per_row + self.render_seconds_per_row) / devices / 3600
+
+    def payback_epochs(self, views: int) -> float:
+        """After how many student epochs the build has cost less than running the teacher in every one."""
+        each = self.teacher_seconds_per_row + self.render_seconds_per_row
+        return views * each / self.teacher_seconds_per_row
+
+
+def estimate(spec: BuildSpec, micro_batches: int = 3) -> Cost:
+    """Times the real teacher on real views, one warm-up and then a few micro-batches, and writes nothing.
+
+    Args:
+        spec: the build that is being planned.
+        micro_batches: how many to time; the fastest counts, because what disturbs only ever adds.
+    """
+    from teacher_cache.precompute import worker_count
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(spec.compute.threads)
+    try:
+        opened = open_parts(spec)
+        manifest = draft(opened)
+        teacher_seconds, render_seconds = _time(opened, micro_batches)
+    finally:
+        torch.set_num_threads(threads)
+    by_field = _field_bytes(manifest)
+    rows = manifest.rows * manifest.views
+    return Cost(
+        rows=rows,
+        bytes_per_row=sum(by_field.values()),
+        bytes=rows * sum(by_field.values()),
+        teacher_seconds_per_row=teacher_seconds,
+        render_seconds_per_row=render_seconds,
+        devices=worker_count(spec.compute),
+        field_bytes=by_field,
+        warnings=_warnings(spec),
+    )
+
+
+def _time(opened: Opened, micro_batches: int) -> tuple[float, float]:
+    size = opened.spec.teacher.micro_batch
+    started = time.perf_counter()
+    rows, views = first_views(opened, size)
+    render = time.perf_counter() - started
+    pixels = views.pixels_BCHW
+    batch = torch.cat([pixels, torch.zeros((size - len(rows), *pixels.shape[1:]), dtype=torch.uint8)])
+    seconds = []
+    for _ in range(micro_batches + 1):
+        started = time.perf_counter()
+        # Copying the answer back is what waits for a GPU to finish.
+        for value in opened.teacher(batch).values():
+            value.cpu()
+        seconds.append(time.perf_counter() - started)
+    # `first_views` decodes twice: once to find the rows that can be decoded, once to render them.
+    return min(seconds[1:]) / size, render / len(rows)
+
+
+def _field_bytes(manifest: Manifest) -> dict[str, int]:
+    fields = {name: row_bytes(encoding) for name, encoding in manifest.encodings.items()}
+    return {**fields, "view": sum(part.row_bytes for part in manifest.proof_group(0).parts)}
+
+
+def _warnings(spec: BuildSpec) -> tuple[str, ...]:
+    if spec.store.shard_rows % spec.teacher.micro_batch:
+        return (
+            f"store.shard_rows ({spec.store.shard_rows}) is not a multiple of teacher.micro_batch "
+            f"({spec.teacher.micro_batch}): the last micro-batch of every shard is padded.",
+        )
+    return ()

@@ -1,0 +1,176 @@
+"""`report`: one self-contained HTML file that says what a cache is, how faithful it is, and what it looks like."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+
+from teacher_cache.encodings import Encoding, TopKLogits, fidelity, row_bytes
+from teacher_cache.errors import MismatchError, RequestError
+from teacher_cache.manifest import Receipt, Totals, read_receipts
+from teacher_cache.reader import Cache, open_cache
+from teacher_cache.report_comparison import Comparison, read_comparison
+from teacher_cache.report_plots import Plot, entropy_plot, mass_plot, training_plots
+from teacher_cache.report_rows import GalleryRow, Picks, gallery, measure, pick
+from teacher_cache.spec import SourceSpec
+from teacher_cache.storage import write_atomic
+
+SAMPLED_ROWS = 2000
+GALLERY_ROWS = 12
+GALLERY_VIEWS = 4
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """One line of the fidelity table."""
+
+    field: str
+    shape: str
+    encoding: str
+    bytes: int
+    measured: dict[str, float]
+
+
+def write_report(
+    cache_path: str | Path,
+    html_path: str | Path,
+    comparison: str | Path | None = None,
+    source: SourceSpec | None = None,
+) -> Path:
+    """Writes one HTML file that needs nothing outside itself; the same cache gives the same bytes.
+
+    Args:
+        cache_path: the cache's folder; an unfinished cache is shown as far as it is committed.
+        html_path: where to write; replaced if it is there.
+        comparison: a JSON file that `student-train compare` wrote.
+        source: where the data set is now, if not where the manifest says.
+
+    Returns:
+        The path that was written.
+
+    Raises:
+        SpecError: the comparison is not such a file.
+        CacheError: there is no cache, or it cannot be trusted.
+        BuildError: the page cannot be written.
+    """
+    compared = None if comparison is None else read_comparison(comparison)
+    page = _page(open_cache(cache_path, source), compared)
+    path = Path(html_path)
+    write_atomic(path.parent, path.name, page.encode())
+    return path
+
+
+def _page(cache: Cache, comparison: Comparison | None) -> str:
+    picks = pick(cache, SAMPLED_ROWS)
+    soft = measure(cache, picks)
+    shown, trouble = _gallery(cache, picks)
+    totals = _totals(cache)
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["size"] = _size
+    environment.filters["small"] = lambda value: format(value, ".3g")
+    template = environment.from_string(files("teacher_cache").joinpath("report.html.j2").read_text("utf-8"))
+    return template.render(
+        cache=cache,
+        manifest=cache.manifest,
+        spec=cache.spec,
+        totals=totals,
+        progress=_progress(cache),
+        identity=_identity(cache),
+        recipe=json.dumps(cache.manifest.recipe, indent=2, ensure_ascii=False),
+        encoded=_encoded(cache, totals),
+        proof_bytes=sum(part.row_bytes for part in cache.manifest.proof_group(0).parts),
+        plots=[] if soft is None else [entropy_plot(soft), mass_plot(soft)],
+        sampled=len(picks.rows),
+        gallery=shown,
+        gallery_views=GALLERY_VIEWS,
+        gallery_trouble=trouble,
+        shrunk=max(cache.manifest.view_shape[1:]) > 128,
+        tombstones=[
+            (key, reason)
+            for key, reason in zip(cache.samples.keys, cache.samples.reasons, strict=True)
+            if reason
+        ],
+        comparison=comparison,
+        training=_training(comparison),
+    )
+
+
+def _training(comparison: Comparison | None) -> list[Plot]:
+    return [] if comparison is None else training_plots(comparison)
+
+
+def _gallery(cache: Cache, picks: Picks) -> tuple[list[GalleryRow], str | None]:
+    """The gallery, or what the page says in its place where the data set is not what the teacher saw."""
+    try:
+        return gallery(cache, picks.rows[:GALLERY_ROWS].tolist(), GALLERY_VIEWS), None
+    except (RequestError, MismatchError) as error:
+        return [], str(error)
+
+
+def _progress(cache: Cache) -> tuple[int, int]:
+    """(rows committed, rows planned), over all views."""
+    spans = (cache.manifest.grid.span(shard) for _, shard in cache.files)
+    return sum(stop - start for start, stop in spans), len(cache) * cache.views
+
+
+def _totals(cache: Cache) -> Totals:
+    """The sealed totals; while a build runs, those of the shards that this cache sees."""
+    if cache.manifest.totals is not None:
+        return cache.manifest.totals
+    receipts: list[Receipt] = [
+        receipt
+        for receipt in read_receipts(cache.path, cache.manifest)
+        if (receipt.view, receipt.shard) in cache.files
+    ]
+    return Totals(
+        bytes=sum(record.size for receipt in receipts for record in receipt.files),
+        tombstones=int((~cache.alive).sum()),
+        labelled=sum(receipt.labelled for receipt in receipts),
+        correct=sum(receipt.correct for receipt in receipts),
+        fidelity={
+            field: fidelity.total(receipt.fidelity[field] for receipt in receipts if field in receipt.fidelity)
+            for field in cache.fields
+        },
+    )
+
+
+def _identity(cache: Cache) -> list[tuple[str, str]]:
+    manifest = cache.manifest
+    fingerprints = [("Whole cache", manifest.identity.whole)]
+    fingerprints += [(name.capitalize(), value) for name, value in manifest.identity.model_dump().items()]
+    return fingerprints
+
+
+def _encoded(cache: Cache, totals: Totals) -> list[_Encoded]:
+    manifest = cache.manifest
+    return [
+        _Encoded(
+            field,
+            " × ".join(str(size) for size in manifest.field_shapes[field]),
+            _described(encoding),
+            row_bytes(encoding),
+            totals.fidelity.get(field, {}),
+        )
+        for field, encoding in manifest.encodings.items()
+    ]
+
+
+def _described(encoding: Encoding) -> str:
+    return f"top_k, k = {encoding.k}" if isinstance(encoding, TopKLogits) else encoding.name
+
+
+def _size(count: Any) -> str:
+    """Bytes for people: `12.3 kB`, powers of 1000."""
+    value = float(count)
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "bytes" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.1f} TB"
