@@ -181,8 +181,7 @@ def _keep(
     states: dict[str, Any] = {
         "student": student.state_dict(),
         "optimizer": optimizer.state_dict(),
-        # The schedule's function is made anew from the configuration; only its counters are kept.
-        "schedule": {key: value for key, value in schedule.state_dict().items() if key != "lr_lambdas"},
+        "schedule": schedule.state_dict(),
         "stream": stream.state_dict(),
     }
     save_checkpoint(folder, Checkpoint(**states, history=history, run=run, generator=torch.get_rng_state()))

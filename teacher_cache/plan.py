@@ -91,8 +91,9 @@ def draft(opened: Opened) -> Manifest:
         promise=recipe.promise,
         recipe=recipe.describe(),
         teacher=spec.teacher.name,
-        fields=spec.teacher.fields,
-        field_shapes=shapes,
+        # Sorted, as JSON will have them: a build that goes on reads them from the manifest.
+        fields=dict(sorted(spec.teacher.fields.items())),
+        field_shapes=dict(sorted(shapes.items())),
         class_names=source.class_names,
         store=spec.store,
         spec=described,

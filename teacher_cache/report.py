@@ -15,8 +15,9 @@ from teacher_cache.errors import MismatchError, RequestError
 from teacher_cache.manifest import Receipt, Totals, read_receipts
 from teacher_cache.reader import Cache, open_cache
 from teacher_cache.report_comparison import Comparison, read_comparison
+from teacher_cache.report_gallery import MAX_PIXELS, GalleryRow, gallery
 from teacher_cache.report_plots import Plot, entropy_plot, mass_plot, training_plots
-from teacher_cache.report_rows import GalleryRow, Picks, gallery, measure, pick
+from teacher_cache.report_rows import Picks, measure, pick
 from teacher_cache.spec import SourceSpec
 from teacher_cache.storage import write_atomic
 
@@ -70,9 +71,7 @@ def _page(cache: Cache, comparison: Comparison | None) -> str:
     soft = measure(cache, picks)
     shown, trouble = _gallery(cache, picks)
     totals = _totals(cache)
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["size"] = _size
     environment.filters["small"] = lambda value: format(value, ".3g")
     template = environment.from_string(files("teacher_cache").joinpath("report.html.j2").read_text("utf-8"))
@@ -91,11 +90,9 @@ def _page(cache: Cache, comparison: Comparison | None) -> str:
         gallery=shown,
         gallery_views=GALLERY_VIEWS,
         gallery_trouble=trouble,
-        shrunk=max(cache.manifest.view_shape[1:]) > 128,
+        max_pixels=MAX_PIXELS,
         tombstones=[
-            (key, reason)
-            for key, reason in zip(cache.samples.keys, cache.samples.reasons, strict=True)
-            if reason
+            (key, reason) for key, reason in zip(cache.samples.keys, cache.samples.reasons, strict=True) if reason
         ],
         comparison=comparison,
         training=_training(comparison),
@@ -125,9 +122,7 @@ def _totals(cache: Cache) -> Totals:
     if cache.manifest.totals is not None:
         return cache.manifest.totals
     receipts: list[Receipt] = [
-        receipt
-        for receipt in read_receipts(cache.path, cache.manifest)
-        if (receipt.view, receipt.shard) in cache.files
+        receipt for receipt in read_receipts(cache.path, cache.manifest) if (receipt.view, receipt.shard) in cache.files
     ]
     return Totals(
         bytes=sum(record.size for receipt in receipts for record in receipt.files),
@@ -158,7 +153,7 @@ def _encoded(cache: Cache, totals: Totals) -> list[_Encoded]:
             row_bytes(encoding),
             totals.fidelity.get(field, {}),
         )
-        for field, encoding in manifest.encodings.items()
+        for field, encoding in sorted(manifest.encodings.items(), key=lambda item: (item[0] != "logits", item[0]))
     ]
 
 

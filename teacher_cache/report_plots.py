@@ -76,12 +76,12 @@ def entropy_plot(soft: SoftTargets) -> Plot:
             axes.stairs(shares, edges, color=colour(number), linewidth=1.4, linestyle=_DASHES[number])
         axes.set(xlabel="entropy (nats)", ylabel="share of rows (%)", xlim=(0, edges[-1]), ylim=(0, None))
 
-    means = ", ".join(f"{value.mean():.3f} at T = {t}" for t, value in soft.entropies.items())
+    means = ", ".join(f"{value.mean():.3f} at T={t}" for t, value in soft.entropies.items())
     caption = (
         f"Over {len(soft.mass_SK):,} rows. Mean entropy in nats: {means}. "
         f"An even distribution over {soft.classes:,} classes has ln {soft.classes} = {top:.3f}, the right edge."
     )
-    legend = tuple((number, number, f"T = {t}") for number, t in enumerate(soft.entropies))
+    legend = tuple((number, number, f"T={t}") for number, t in enumerate(soft.entropies))
     return Plot("Entropy of the soft targets", _svg("entropy", draw), caption, legend)
 
 
@@ -101,7 +101,7 @@ def mass_plot(soft: SoftTargets) -> Plot:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set(xlabel="k largest classes", ylabel="mass at T = 1 (%)", ylim=(None, 101))
 
-    shown = sorted({k for k in (1, 3, 5, 10, soft.kept) if k <= len(ks)})
+    shown = sorted({k for k in (1, 3, 5, 10, soft.kept) if k <= len(ks) and (k == 1 or k < soft.classes)})
     figures = ", ".join(f"{mean_K[k - 1]:.2f} % for k = {k}" for k in shown)
     caption = f"Over {len(soft.mass_SK):,} rows. Mean mass: {figures}."
     if cut:
@@ -134,9 +134,7 @@ def _curves_svg(name: str, drawn: Sequence[tuple[int, str, Curve]], unit: str, s
         for number, _, curve in drawn:
             mean, spread = scale * curve.mean, scale * curve.std
             look = {"color": colour(number), "linestyle": _DASHES[dashes(number)], "linewidth": 1.5}
-            axes.fill_between(
-                curve.epochs, mean - spread, mean + spread, color=colour(number), alpha=0.2, linewidth=0
-            )
+            axes.fill_between(curve.epochs, mean - spread, mean + spread, color=colour(number), alpha=0.2, linewidth=0)
             axes.plot(curve.epochs, mean, marker="o" if len(mean) == 1 else None, **look)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set(xlabel="epoch", ylabel=unit)
@@ -174,5 +172,3 @@ def _inline(svg: str, name: str) -> str:
 def _variables() -> Iterable[tuple[str, str]]:
     yield from ((colour(number), f"var(--c{number})") for number in range(COLOURS))
     yield from ((_INK, "var(--ink)"), (_GRID, "var(--grid)"))
-
-

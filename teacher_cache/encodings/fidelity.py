@@ -27,8 +27,10 @@ def measure_logits(exact_BC: Tensor, target: Target) -> dict[str, float]:
     for temperature in TEMPERATURES:
         exact_logp = torch.log_softmax(exact_BC.double() / temperature, dim=1)
         decoded_logp = target.log_probs(temperature).double()
-        kl_B = (exact_logp.exp() * (exact_logp - decoded_logp)).sum(1)
-        found[f"kl_t{temperature}"] = float(kl_B.sum())
+        p_BC = exact_logp.exp()
+        # 0 · log(0 / q) is 0, also where a class beyond half precision (a mask of −1e9) is decoded to −inf.
+        kl_BC = torch.where(p_BC > 0, p_BC * (exact_logp - decoded_logp), 0.0)
+        found[f"kl_t{temperature}"] = float(kl_BC.sum())
     probs_BC = target.log_probs(1).double().exp()
     found["top1"] = float((probs_BC.argmax(1) == exact_BC.argmax(1)).sum())
     found["mass_error"] = float((probs_BC.sum(1) - 1).abs().max())

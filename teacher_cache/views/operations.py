@@ -200,13 +200,13 @@ class RandomResizedCrop:
     def __post_init__(self) -> None:
         _pair("size", self.size)
         _require(
-            0 < self.scale[0] <= self.scale[1],
+            len(self.scale) == 2 and 0 < self.scale[0] <= self.scale[1],
             "scale",
             "must be (low, high) with 0 < low <= high",
             self.scale,
         )
         _require(
-            0 < self.ratio[0] <= self.ratio[1],
+            len(self.ratio) == 2 and 0 < self.ratio[0] <= self.ratio[1],
             "ratio",
             "must be (low, high) with 0 < low <= high",
             self.ratio,

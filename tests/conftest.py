@@ -1,0 +1,36 @@
+"""Fixtures shared by the tests of `teacher_cache`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+from toy_builds import toy_spec, write_arrays
+
+import teacher_cache as tc
+
+settings.register_profile(
+    "laws", deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+settings.load_profile("laws")
+# Workers and subprocesses must find `toy_models` too.
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+)
+
+
+@pytest.fixture(scope="session")
+def arrays(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The toy data set; never changed by a test."""
+    return write_arrays(tmp_path_factory.mktemp("arrays"))
+
+
+@pytest.fixture(scope="session", params=["zarr", "parquet"])
+def built(request: pytest.FixtureRequest, arrays: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sealed toy cache of each store; never changed by a test (copy it first)."""
+    path = tmp_path_factory.mktemp(request.param) / "cache"
+    store = {"kind": request.param, "shard_rows": 8, "chunk_rows": 4}
+    tc.build(toy_spec(path, arrays, store=store), executor="serial")
+    return path

@@ -1,0 +1,160 @@
+"""The training loop: it learns, it stops and goes on exactly, and what it leaves behind is a plain student."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from toy_builds import numpy_source
+
+import teacher_cache as tc
+from student_train import KD, Batch, CrossEntropy, Objective, TrainSpec, ViewStream, fit
+from student_train.checkpoint import load_checkpoint, save_model
+from student_train.evaluate import accuracy
+from student_train.recipes import FitSpec, StudentSpec
+from student_train.run import evaluate_weights, open_data, train_one
+from student_train.students import open_student
+from teacher_cache.encodings import DenseTarget
+from teacher_cache.errors import MismatchError, NonFiniteError, SpecError
+from teacher_cache.spec import parse
+from teacher_cache.teachers.weights import read_state_dict
+
+TRAIN = TrainSpec(epochs=3, batch_size=8, lr=0.05, device="cpu")
+SMALL = StudentSpec(model="small_cnn", arguments={"width": 4})
+
+
+def fit_spec(run: Path, built: Path, arrays: Path, **changes: Any) -> FitSpec:
+    described: dict[str, Any] = {
+        "run": str(run),
+        "data": {"cache": str(built)},
+        "student": SMALL.model_dump(),
+        "train": TRAIN.model_dump(),
+        "evaluate": {"source": numpy_source(arrays), "views": {"recipe": []}},
+        "objective": [{"kind": "kd", "temperature": 2}, {"kind": "cross_entropy", "weight": 0.1}],
+    }
+    return parse(FitSpec, {**described, **changes}, "test")
+
+
+def weights(student: torch.nn.Module) -> torch.Tensor:
+    return torch.cat([value.flatten().float() for value in student.state_dict().values()])
+
+
+def test_the_loss_falls(built: Path) -> None:
+    student = open_student(SMALL, 10, 1, seed=0)
+    stream = ViewStream(tc.open(built), batch_size=8)
+    result = fit(student, stream, Objective([KD(temperature=2)]), TRAIN.model_copy(update={"epochs": 12}))
+    assert result.history[-1]["loss"] < 0.7 * result.history[0]["loss"]
+    assert [entry["epoch"] for entry in result.history] == list(range(1, 13))
+    entry = result.history[0]
+    assert entry["seconds"] == pytest.approx(entry["data_seconds"] + entry["step_seconds"])
+
+
+def test_the_objective_is_the_weighted_sum() -> None:
+    logits = torch.randn(4, 10, generator=torch.Generator().manual_seed(0))
+    target = DenseTarget(torch.randn(4, 10, generator=torch.Generator().manual_seed(1)))
+    images = torch.zeros(4, 1, 8, 8, dtype=torch.uint8)
+    batch = Batch(0, 0, 0, np.arange(4), images, torch.arange(4), {"logits": target})
+    loss, values = Objective([KD(weight=0.9, temperature=3), CrossEntropy(weight=0.1)])(logits, batch)
+    assert float(loss) == pytest.approx(0.9 * float(values["kd"]) + 0.1 * float(values["cross_entropy"]))
+    expected = torch.nn.functional.cross_entropy(logits, torch.arange(4))
+    assert float(values["cross_entropy"]) == pytest.approx(float(expected))
+
+
+def test_a_run_that_was_stopped_ends_with_the_same_bits(built: Path, arrays: Path, tmp_path: Path) -> None:
+    """Stopped after each epoch in turn by an exception from the log, as by Ctrl-C."""
+    spec = fit_spec(tmp_path / "whole", built, arrays)
+    opened = open_data(spec)
+    whole = train_one(spec, opened, spec.objective, 0, tmp_path / "whole")
+    stopped = tmp_path / "stopped"
+
+    def stop(entry: dict[str, float]) -> None:
+        raise KeyboardInterrupt
+
+    for _ in range(TRAIN.epochs):
+        with pytest.raises(KeyboardInterrupt):
+            train_one(spec, opened, spec.objective, 0, stopped, stop)
+    resumed = train_one(spec, opened, spec.objective, 0, stopped)
+    for name in ("loss", "kd", "accuracy", "lr"):
+        assert [entry[name] for entry in resumed.history] == [entry[name] for entry in whole.history]
+    a, b = (read_state_dict(str(folder / "model.safetensors")) for folder in (tmp_path / "whole", stopped))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    lines = (stopped / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in lines] == [1, 2, 3]
+
+
+def test_a_checkpoint_of_another_configuration_is_refused(built: Path, arrays: Path, tmp_path: Path) -> None:
+    spec = fit_spec(tmp_path, built, arrays)
+    train_one(spec, open_data(spec), spec.objective, 0, tmp_path)
+    other = fit_spec(tmp_path, built, arrays, objective=[{"kind": "cross_entropy"}])
+    with pytest.raises(MismatchError, match=r"checkpoint\.pt"):
+        train_one(other, open_data(other), other.objective, 0, tmp_path)
+
+
+def test_a_checkpoint_holds_a_plain_student(built: Path, arrays: Path, tmp_path: Path) -> None:
+    spec = fit_spec(tmp_path, built, arrays)
+    result = train_one(spec, open_data(spec), spec.objective, 0, tmp_path)
+    raw = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    student = open_student(SMALL, 10, 1, seed=5)
+    student.load_state_dict(raw["student"], strict=True)
+    assert load_checkpoint(tmp_path, raw["run"]) is not None
+    assert evaluate_weights(spec, tmp_path / "model.safetensors") == result.history[-1]["accuracy"]
+
+
+def test_seeds_decide_initial_weights_and_nothing_global() -> None:
+    before = torch.get_rng_state()
+    a, b, c = (open_student(SMALL, 10, 1, seed) for seed in (1, 1, 2))
+    assert torch.equal(weights(a), weights(b))
+    assert not torch.equal(weights(a), weights(c))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_an_objective_that_the_stream_cannot_feed_is_refused(built: Path) -> None:
+    student = open_student(SMALL, 10, 1, seed=0)
+    stream = ViewStream(tc.open(built), batch_size=8, fields=())
+    with pytest.raises(SpecError, match=r"stream\.fields"):
+        fit(student, stream, Objective([KD()]), TRAIN)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(built: Path) -> None:
+    student = open_student(SMALL, 10, 1, seed=0)
+    with torch.no_grad():
+        next(student.parameters()).fill_(float("nan"))
+    with pytest.raises(NonFiniteError, match=r"train\.lr"):
+        fit(student, ViewStream(tc.open(built), batch_size=8), Objective([KD()]), TRAIN)
+
+
+def test_accuracy_is_measured_in_evaluation_mode(arrays: Path, built: Path, tmp_path: Path) -> None:
+    """Batch norm in training mode would make it depend on the batch; the mode is put back."""
+    opened = open_data(fit_spec(tmp_path, built, arrays))
+    student = open_student(SMALL, 10, 1, seed=0).train()
+    found = {accuracy(student, opened.test, None, batch_size=size) for size in (1, 5, 27)}
+    assert len(found) == 1
+    assert student.training
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"objective": []}, "objective"),
+        ({"objective": [{"kind": "kd", "temperature": 0}]}, "temperature"),
+        ({"objective": [{"kind": "kd", "temprature": 2}]}, "Did you mean `temperature`"),
+        ({"train": {"epochs": 0}}, r"train\.epochs"),
+        ({"data": {}}, "cache"),
+        ({"stduent": {}}, "stduent"),
+    ],
+)
+def test_wrong_configurations_are_refused(
+    change: dict[str, Any], message: str, built: Path, arrays: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(SpecError, match=message):
+        fit_spec(tmp_path, built, arrays, **change)
+
+
+def test_save_model_writes_what_a_teacher_can_load(tmp_path: Path) -> None:
+    student = open_student(SMALL, 10, 1, seed=3)
+    state = read_state_dict(str(save_model(tmp_path, student)))
+    assert set(state) == set(student.state_dict())

@@ -1,0 +1,169 @@
+"""Toy teachers, named in specs as `toy_models:<class>`. Their arithmetic is exact, so bits are the same anywhere.
+
+An input is a pixel divided by 255; `Pixels` gives the integer back, and sums of small multiples of 2⁻¹⁰ that
+stay below 2²⁴ of them are exact in float32 whatever the order.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+POISON = 255
+"""A sample whose pixels are all this makes the misbehaving teachers misbehave."""
+
+
+class Pixels(nn.Module):
+    """float 0..1 to the integers 0..255, as float32."""
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        return (images_BCHW.float() * 255).round()
+
+
+class PixelSums(nn.Module):
+    """Logits are integer-weighted sums of pixels, times 2⁻¹⁰. `stem` is a node to tap, [B, C, H, W]."""
+
+    def __init__(self, classes: int = 10, pixels: int = 64, scale: float = 1.0) -> None:
+        super().__init__()
+        self.stem = Pixels()
+        self.head = nn.Linear(pixels, classes, bias=False)
+        self.scale = scale
+        rows, columns = torch.meshgrid(torch.arange(classes), torch.arange(pixels), indexing="ij")
+        self.head.weight.data = ((rows * 7 + columns * 3) % 11 - 5) * 2.0**-10
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        return self.head(self.stem(images_BCHW).flatten(1)) * self.scale
+
+
+def poisoned(images_BCHW: Tensor) -> Tensor:
+    """Which inputs are the all-white poison, [B]."""
+    return (images_BCHW.flatten(1) > 0.999).all(1)
+
+
+class NaNs(PixelSums):
+    """Answers NaN for the poison."""
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        return torch.where(poisoned(images_BCHW)[:, None], torch.nan, super().forward(images_BCHW))
+
+
+class Raises(PixelSums):
+    """Raises on the poison."""
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        if poisoned(images_BCHW).any():
+            raise ArithmeticError("the poison was too much")
+        return super().forward(images_BCHW)
+
+
+class Dies(PixelSums):
+    """Ends its process on the poison: always, or until the marker file is there."""
+
+    def __init__(self, marker: str | None = None) -> None:
+        super().__init__()
+        self.marker = marker
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        if poisoned(images_BCHW).any() and not (self.marker and Path(self.marker).exists()):
+            if self.marker:
+                Path(self.marker).touch()
+            os._exit(1)
+        return super().forward(images_BCHW)
+
+
+class KillsItself(PixelSums):
+    """`kill -9` of its own process after as many real answers as `TOY_KILL_AFTER` says; never without it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.answers = 0
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        if images_BCHW.any() and "TOY_KILL_AFTER" in os.environ:
+            self.answers += 1
+            if self.answers > int(os.environ["TOY_KILL_AFTER"]):
+                os.kill(os.getpid(), signal.SIGKILL)
+        return super().forward(images_BCHW)
+
+
+class SmallNet(nn.Module):
+    """Convolution, BatchNorm, in-place ReLU, Dropout, head: what real networks have, in 400 weights."""
+
+    def __init__(self, classes: int = 10, channels: int = 1, train_mode: bool = False) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(7)
+            self.conv = nn.Conv2d(channels, 4, 3, padding=1)
+            self.norm = nn.BatchNorm2d(4)
+            self.relu = nn.ReLU(inplace=True)
+            self.drop = nn.Dropout(0.5)
+            self.head = nn.Linear(4, classes)
+            self.unused = nn.Identity()
+            self.norm.running_mean = torch.randn(4)
+        if train_mode:
+            self.train()
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        return self.head(self.drop(self.relu(self.norm(self.conv(images_BCHW)))).mean((2, 3)))
+
+
+class Recurrent(nn.Module):
+    """Its inner node gives a tuple."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = nn.GRU(8, 10, batch_first=True)
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        return self.rnn(images_BCHW[:, 0])[0][:, -1]
+
+
+class AnswersTuple(PixelSums):
+    """Gives (logits, auxiliary) instead of logits."""
+
+    def forward(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        logits = super().forward(images_BCHW)
+        return logits, logits
+
+
+class Constant(nn.Module):
+    """Always the same class: a teacher at chance."""
+
+    def __init__(self, classes: int = 10) -> None:
+        super().__init__()
+        self.register_buffer("logits", torch.arange(classes, dtype=torch.float32))
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        return self.logits.repeat(len(images_BCHW), 1)
+
+
+class Bands(nn.Module):
+    """The right answer on `toy_builds.write_arrays`: class c images are brightest in row c % 8."""
+
+    def __init__(self, classes: int = 10) -> None:
+        super().__init__()
+        self.classes = classes
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        rows = (images_BCHW[:, 0] * 255).round().sum(2)
+        return rows[:, torch.arange(self.classes) % rows.shape[1]] * 2.0**-10
+
+
+def not_a_module() -> int:
+    """A factory that gives no module."""
+    return 3
+
+
+def half_up(image_CHW: Tensor) -> Tensor:
+    """A seeded-global view: adds global noise to uint8 pixels."""
+    noise = torch.randint(0, 3, image_CHW.shape, dtype=torch.uint8)
+    return (image_CHW // 2) + noise
+
+
+def as_float(image_CHW: Tensor) -> Tensor:
+    """A view that answers floats: refused."""
+    return image_CHW / 255
