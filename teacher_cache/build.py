@@ -25,7 +25,7 @@ from teacher_cache.manifest import (
 from teacher_cache.plan import Opened, begin, open_parts
 from teacher_cache.shard_job import ShardId, open_job, run_shard
 from teacher_cache.spec import BuildSpec
-from teacher_cache.storage import write_atomic
+from teacher_cache.storage import remove_temporary, write_atomic
 from teacher_cache.storage.parquet_tables import table_bytes
 
 Executor = Literal["ray", "serial"]
@@ -86,11 +86,16 @@ def build(spec: BuildSpec, executor: Executor = "ray", progress: Progress | None
         manifest = begin(root, opened)
         if manifest.state == "sealed":
             _clear_receipts(root)
+            _Counter(progress, manifest, manifest.rows * manifest.views)
             return _report(root, manifest, 0, 0, 0.0)
         missing, done = _missing(root, manifest)
         started = time.perf_counter()
         built = _run(root, opened, manifest, missing, executor, _Counter(progress, manifest, done))
         seconds = time.perf_counter() - started
+    except BaseException:
+        # The workers are gone by now, also after Ctrl-C: what they had half written goes too.
+        remove_temporary(root)
+        raise
     finally:
         torch.set_num_threads(threads)
     sealed = seal(root, manifest)

@@ -29,11 +29,11 @@ def run(app: typer.Typer, resume: str) -> NoReturn:
         resume: what to say after Ctrl-C.
     """
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)
     except TeacherCacheError as error:
         err.print(Text.assemble(("error: ", "bold red"), str(error)))
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):
         err.print(f"stopped. {resume}")
         sys.exit(130)
     except Exception as error:
@@ -43,7 +43,7 @@ def run(app: typer.Typer, resume: str) -> NoReturn:
             raise
         show()
         sys.exit(getattr(error, "exit_code", 2))
-    sys.exit(0)
+    sys.exit(code or 0)
 
 
 def sys_path_here() -> None:

@@ -113,7 +113,7 @@ class Manifest(Strict):
         return [self.proof_group(view), *(self.field_group(field, view) for field in self.fields)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Receipt:
     """The proof that one shard is committed; written last."""
 
@@ -166,10 +166,11 @@ def _checked(data: bytes, place: str) -> dict[str, Any]:
     try:
         body = json.loads(data)
         digest = body.pop("digest")
-    except (ValueError, AttributeError, KeyError) as error:
+        again = _signed(body)
+    except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
         raise CorruptionError(place, "must be JSON with a digest", error, hint) from error
     # The bytes themselves are compared: JSON that parses to the same values is still not what was written.
-    if data != _signed(body) or digest != bytes_digest(canonical_json(body)):
+    if data != again or digest != bytes_digest(canonical_json(body)):
         raise CorruptionError(place, "does not have the digest that it states", digest, hint)
     return dict(body)
 

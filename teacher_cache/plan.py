@@ -11,12 +11,12 @@ import torch
 import torchvision
 
 from teacher_cache import samples as sample_table
-from teacher_cache.errors import MismatchError, SourceError, TeacherError
+from teacher_cache.errors import MismatchError, SourceError, SpecError, TeacherError
 from teacher_cache.fingerprint import fingerprint, key_digests
 from teacher_cache.manifest import MANIFEST, Identity, Manifest, TableRef, read_manifest, write_manifest
 from teacher_cache.sources import BrokenSample, Source, open_source, source_fingerprint
 from teacher_cache.spec import BuildSpec
-from teacher_cache.storage import open_store, remove_temporary, write_atomic
+from teacher_cache.storage import TEMPORARY_SUFFIX, open_store, remove_temporary, write_atomic
 from teacher_cache.teachers import Teacher, load_teacher, resolve_device
 from teacher_cache.views import Recipe, Views, open_recipe, render_views
 
@@ -167,6 +167,22 @@ _HINTS = {
 }
 
 
+def _require_fresh(root: Path) -> None:
+    """Nothing but what a `begin` that was killed may have left is tolerated, and that is removed.
+
+    Raises:
+        SpecError: the folder holds something else: it is not a cache, and must not become half of one.
+    """
+    files = [path for path in root.rglob("*") if path.is_file()] if root.is_dir() else []
+    for path in files:
+        ours = path.name == "zarr.json" or (path.parent == root and path.match("samples-*.parquet"))
+        if not (ours or path.suffix == TEMPORARY_SUFFIX):
+            hint = "Name a new or an empty folder."
+            raise SpecError("cache", f"is a folder without {MANIFEST} that holds other files", path, hint)
+    for path in files:
+        path.unlink()
+
+
 def begin(root: Path, opened: Opened) -> Manifest:
     """Begins a cache, or goes on with the one that is there if it is the same.
 
@@ -183,6 +199,7 @@ def begin(root: Path, opened: Opened) -> Manifest:
                 raise MismatchError(part, f"must have the cache's fingerprint {theirs}", ours, hint)
         remove_temporary(root)
         return found
+    _require_fresh(root)
     table = sample_table.write_samples(root, sample_table.of_source(opened.source))
     manifest = planned.model_copy(update={"samples": table})
     store = open_store(manifest.store.kind, manifest.grid)

@@ -18,7 +18,7 @@ import ray
 import torch
 from ray.exceptions import RayActorError, RayTaskError
 
-from teacher_cache.errors import BuildError, TeacherCacheError
+from teacher_cache.errors import BuildError, SpecError, TeacherCacheError
 from teacher_cache.manifest import Manifest, Receipt, receipt_path
 from teacher_cache.shard_job import Job, ShardId, open_job_from, run_shard
 from teacher_cache.spec import BuildSpec, ComputeSpec
@@ -69,6 +69,8 @@ def run_on_ray(root: Path, manifest: Manifest, spec: BuildSpec, places: list[Sha
             log_to_driver=False,
             configure_logging=False,
         )
+    else:
+        count = min(count, _room(spec.compute, on_gpu))
     pool = _Pool(root, manifest, spec, count, on_gpu)
     try:
         yield from pool.run(places)
@@ -76,6 +78,16 @@ def run_on_ray(root: Path, manifest: Manifest, spec: BuildSpec, places: list[Sha
         pool.stop()
         if ours:
             ray.shutdown()
+
+
+def _room(compute: ComputeSpec, on_gpu: bool) -> int:
+    """How many workers the caller's own cluster has room for; an actor without room would wait for ever."""
+    there = ray.cluster_resources()
+    room = int(there.get("GPU", 0)) if on_gpu else int(there.get("CPU", 0)) // compute.threads
+    if room < 1:
+        hint = "Lower compute.threads, or give Ray more resources."
+        raise SpecError("compute", "needs more than the running Ray cluster has", there, hint)
+    return room
 
 
 class _Pool:

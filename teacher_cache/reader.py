@@ -42,13 +42,14 @@ class Cache:
             CacheError: there is no cache, or its manifest or tables cannot be trusted.
         """
         self.path = Path(path)
-        self.manifest: Manifest = read_manifest(self.path)
         self._source_spec = source
         self._source: Source | None = None
         self._recipe: Recipe | None = None
+        self.manifest: Manifest
         self.samples: Samples
-        self.files: dict[tuple[int, int], dict[str, FileRecord]] = self._read_index()
+        self.files: dict[tuple[int, int], dict[str, FileRecord]]
         """What is committed: the files of each (view, shard), by path."""
+        self._read_authority()
         self._digests = key_digests(self.samples.keys)
         self._store = open_store(self.manifest.store.kind, self.manifest.grid)
         self._encodings = self.manifest.encodings
@@ -60,6 +61,18 @@ class Cache:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["path"], state["source"])  # type: ignore[misc]
+
+    def _read_authority(self) -> None:
+        """Manifest, samples and index, all of one moment: a build that seals meanwhile replaces all three."""
+        while True:
+            self.manifest = read_manifest(self.path)
+            try:
+                self.files = self._read_index()
+            except (CorruptionError, FileNotFoundError):
+                if read_manifest(self.path) == self.manifest:
+                    raise
+            else:
+                return
 
     def _read_index(self) -> dict[tuple[int, int], dict[str, FileRecord]]:
         """What is committed, by (view, shard): from the sealed table, or from the receipts of a running build."""
@@ -133,7 +146,8 @@ class Cache:
             CorruptionError: a stored byte is not the byte that was committed there.
         """
         columns = self.columns(field, view, rows)
-        return self._encodings[field].decode(columns)
+        target: Target = self._encodings[field].decode(columns)
+        return target
 
     def columns(self, field: str, view: int, rows: Rows) -> dict[str, NDArray[Any]]:
         """The stored arrays behind `read`, one [len(rows), ...] for each part of the encoding."""
@@ -156,7 +170,11 @@ class Cache:
         return self._gather(self._group("", view), "params", view, wanted)
 
     def _rows(self, rows: Rows, view: int) -> NDArray[np.int64]:
-        wanted = np.asarray(rows, np.int64).reshape(-1)
+        given = np.asarray(rows)
+        if given.size and given.dtype.kind not in "iu":
+            hint = "Give row numbers; for a mask, np.flatnonzero(mask)."
+            raise SpecError("rows", "must be integers", given.dtype, hint)
+        wanted = given.astype(np.int64).reshape(-1)
         if not 0 <= view < self.views:
             raise HoleError("view", f"must be in 0..{self.views - 1}", view, "Build more views.")
         outside = (wanted < 0) | (wanted >= len(self))
@@ -242,6 +260,9 @@ class Cache:
                 rule, hint = "must have the bytes that the teacher saw", "Restore the data set."
                 raise MismatchError(self.samples.keys[row], rule, f"{item.content:016x}", hint)
             images.append(item.image_CHW)
+        if not images:
+            nothing = torch.empty((0, *self.manifest.view_shape), dtype=torch.uint8)
+            return Views(nothing, np.empty((0, len(self.manifest.param_names)), np.int32))
         return render_views(self.recipe, images, self._digests[wanted], view)
 
     def render(self, view: int, rows: Rows) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from teacher_cache.storage.parquet_tables import read_table, table_bytes
 ALIVE = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Samples:
     """What is known of every row."""
 
@@ -31,17 +32,18 @@ class Samples:
     reasons: list[str]
     """Why a row is a tombstone; empty for a row that is alive."""
 
-    @property
+    @cached_property
     def alive(self) -> NDArray[np.bool_]:
         """True for rows that are no tombstone, [N]."""
         return np.array([reason == ALIVE for reason in self.reasons], np.bool_)
 
     def require_alive(self, rows: NDArray[np.int64]) -> None:
         """Raises `TombstoneError` naming the first of these rows that has no data."""
-        for row in rows.tolist():
-            if self.reasons[row] != ALIVE:
-                hint = "Leave it out: `cache.alive` says which rows have data."
-                raise TombstoneError(f"row {row} ({self.keys[row]})", self.reasons[row], "tombstone", hint)
+        dead = ~self.alive[rows]
+        if dead.any():
+            row = int(rows[dead][0])
+            hint = "Leave it out: `cache.alive` says which rows have data."
+            raise TombstoneError(f"row {row} ({self.keys[row]})", self.reasons[row], "tombstone", hint)
 
 
 def of_source(source: Source) -> Samples:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,9 +71,17 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def is_temporary(path: Path) -> bool:
+    """Whether a name is one that `write_atomic` makes: `<name>.<32 hexadecimal digits>.tmp`."""
+    return re.fullmatch(r".+\.[0-9a-f]{32}\.tmp", path.name) is not None
+
+
 def remove_temporary(root: Path) -> int:
-    """Removes what a killed writer left under temporary names; returns how many files."""
-    leftovers = list(root.rglob(f"*{TEMPORARY_SUFFIX}"))
+    """Removes what a killed writer left under temporary names; returns how many files.
+
+    Only names that `write_atomic` makes: the folder may be someone's home, named by mistake.
+    """
+    leftovers = [path for path in root.rglob(f"*{TEMPORARY_SUFFIX}") if is_temporary(path)]
     for path in leftovers:
         path.unlink(missing_ok=True)
     return len(leftovers)

@@ -48,7 +48,7 @@ def load_teacher(spec: TeacherSpec, normalize: NormalizeSpec | None, device: str
     module, identity = _load_module(spec)
     return TorchTeacher(
         module,
-        {"model": identity, "class_names": spec.class_names},
+        {"model": identity, "arguments": spec.arguments, "class_names": spec.class_names},
         spec.fields,
         normalize=spec.normalize or normalize,
         precision=spec.precision,
