@@ -18,6 +18,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import httpx
+
 RUN = Path("runs/demo")
 BIN = Path(sys.executable).parent
 PATIENCE = 60.0
@@ -71,14 +73,15 @@ def ask_endpoint() -> bool:
     print(f"\n$ teacher-serve {' '.join(command[1:])}", flush=True)
     server = subprocess.Popen(command)
     try:
-        client = TeacherClient(f"http://127.0.0.1:{port}", "wide_cnn")
-        wait_until_ready(client, server)
+        wait_until_ready(f"http://127.0.0.1:{port}/readyz", server)
         cache = tc.open(RUN / "cache")
         rows = list(range(100))
-        answer = client.predict(cache.render(view=3, rows=rows))
+        with TeacherClient(f"http://127.0.0.1:{port}/wide_cnn") as client:
+            answer = client.predict(cache.render(view=3, rows=rows))
+        assert answer.values is not None, "logits were asked for"
         cached = cache.read("logits", view=3, rows=rows).dense().values
-        same = torch.equal(answer["values"].to(cached.dtype), cached)
-        top = int(answer["values"][0].argmax())
+        same = torch.equal(answer.values.to(cached.dtype), cached)
+        top = int(answer.values[0].argmax())
         print(f"asked for {len(rows)} views; the first is a {top}; equal to the cache, bit for bit: {same}")
     finally:
         server.send_signal(signal.SIGTERM)
@@ -86,13 +89,17 @@ def ask_endpoint() -> bool:
     return same
 
 
-def wait_until_ready(client: Any, server: subprocess.Popen[bytes]) -> None:
-    """Polls /readyz until the teacher is warm."""
+def wait_until_ready(url: str, server: subprocess.Popen[bytes]) -> None:
+    """Polls until the teacher is warm."""
     deadline = time.monotonic() + PATIENCE
-    while not client.ready():
-        if server.poll() is not None or time.monotonic() > deadline:
-            sys.exit("the demo stopped: the service did not become ready")
+    while time.monotonic() < deadline and server.poll() is None:
+        try:
+            if httpx.get(url).status_code == 200:
+                return
+        except httpx.TransportError:
+            pass  # It does not listen yet.
         time.sleep(0.1)
+    sys.exit("the demo stopped: the service did not become ready")
 
 
 def write_result(

@@ -13,7 +13,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from teacher_cache.encodings import Target
-from teacher_cache.errors import CacheError, CorruptionError, HoleError, MismatchError, ViewMismatch
+from teacher_cache.errors import (
+    CacheError,
+    CorruptionError,
+    HoleError,
+    MismatchError,
+    SpecError,
+    ViewMismatch,
+)
 from teacher_cache.fingerprint import key_digests
 from teacher_cache.manifest import Manifest, read_manifest, read_receipts
 from teacher_cache.samples import Samples, read_checked, read_samples, with_receipts

@@ -99,7 +99,8 @@ def mass_plot(soft: SoftTargets) -> Plot:
         if cut:
             axes.axvline(soft.kept, color=colour(1), linewidth=1.2, linestyle=_DASHES[1])
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.set(xlabel="k largest classes", ylabel="mass at T = 1 (%)", ylim=(None, 101))
+        limits = {"xlim": (0.5, len(ks) + 0.5), "ylim": (None, 101)}
+        axes.set(xlabel="k largest classes", ylabel="mass at T = 1 (%)", **limits)
 
     shown = sorted({k for k in (1, 3, 5, 10, soft.kept) if k <= len(ks) and (k == 1 or k < soft.classes)})
     figures = ", ".join(f"{mean_K[k - 1]:.2f} % for k = {k}" for k in shown)

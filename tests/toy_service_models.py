@@ -131,7 +131,7 @@ LOSSLESS: dict[str, dict[str, Any]] = {"WEBP": {"lossless": True}}
 @contextmanager
 def running(app: ASGIApp) -> Iterator[str]:
     """Serves an application on loopback in a thread; gives its base URL."""
-    with socket.socket() as listener:
+    with socket.socket(proto=socket.IPPROTO_TCP) as listener:
         listener.bind(("127.0.0.1", 0))
         config = uvicorn.Config(app, log_level="critical", ws="none", timeout_graceful_shutdown=5)
         server = uvicorn.Server(config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,10 @@ class NumpyArrays:
             )
         self.labels: NDArray[np.int64] | None = None
         if labels is not None:
-            self.labels = _load("source.labels", labels, mmap=False).astype(np.int64)
+            given = _load("source.labels", labels, mmap=False)
+            if given.dtype.kind not in "iu":
+                raise SourceError("source.labels", "must be integers", given.dtype, "Save class numbers.")
+            self.labels = given.astype(np.int64)
             if self.labels.shape != (len(self._images),):
                 rule = f"needs one label for each of {len(self._images)} images"
                 raise SourceError(
@@ -31,7 +35,9 @@ class NumpyArrays:
                 )
         self.keys = [f"{Path(images).stem}/{index}" for index in range(len(self._images))]
         self.class_names = class_names
-        self.sizes: NDArray[np.int64] = np.full(len(self._images), self._images[0].nbytes, np.int64)
+        self.sizes: NDArray[np.int64] = np.full(
+            len(self._images), self._images.dtype.itemsize * math.prod(self._images.shape[1:]), np.int64
+        )
 
     def __len__(self) -> int:
         return len(self._images)

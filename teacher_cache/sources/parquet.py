@@ -20,7 +20,11 @@ class ParquetImages:
 
     def __init__(self, paths: tuple[str, ...], class_names: tuple[str, ...] | None) -> None:
         tables = [_read(path) for path in paths]
-        table = pa.concat_tables(tables)
+        try:
+            table = pa.concat_tables(tables)
+        except pa.ArrowInvalid as error:
+            hint = "Give files of one data set."
+            raise SourceError("source.path", f"must have one schema: {error}", paths, hint) from error
         images = table["image"].combine_chunks()
         self._bytes = images.field("bytes")
         given = images.field("path").to_pylist()
@@ -29,7 +33,11 @@ class ParquetImages:
         self.keys = [path or name for path, name in zip(given, names, strict=True)]
         self.labels: NDArray[np.int64] | None = None
         if "label" in table.column_names:
-            self.labels = table["label"].to_numpy().astype(np.int64)
+            column = table["label"]
+            if not pa.types.is_integer(column.type) or column.null_count:
+                found = f"{column.type} with {column.null_count} missing"
+                raise SourceError("source.label", "must be integers, none missing", found, "Write class numbers.")
+            self.labels = column.to_numpy().astype(np.int64)
         self.class_names = class_names or _huggingface_names(tables[0].schema)
         lengths = compute.fill_null(compute.binary_length(self._bytes), 0)
         self.sizes: NDArray[np.int64] = lengths.to_numpy(zero_copy_only=False).astype(np.int64)

@@ -20,7 +20,9 @@ class Subset:
             raise SourceError(
                 "source.take.count", f"must be at most {len(source)}", take.count, "Take fewer."
             )
-        words = view_words(key_digests(source.keys), 0, 0, 1, take.seed)
+        # An address that no view has (view numbers stay below 2³² − 1): with one seed for both, samples chosen
+        # for their small words would all be cropped at the top in view 0.
+        words = view_words(key_digests(source.keys), 2**32 - 1, 0, 1, take.seed)
         rank = (words[:, 0].astype(np.uint64) << np.uint64(32)) | words[:, 1]
         self._source = source
         self._rows = np.sort(np.argsort(rank, kind="stable")[: take.count])

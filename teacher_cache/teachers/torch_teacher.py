@@ -97,6 +97,9 @@ class TorchTeacher:
         dtype = _AUTOCAST.get(self._precision, torch.bfloat16)
         with torch.autocast(self._device.type, dtype=dtype, enabled=autocast):
             logits = self._module(inputs)
+        if not isinstance(logits, Tensor):
+            hint = "Wrap it in a module whose forward returns the logits."
+            raise TeacherError("teacher.model", "must answer one tensor", type(logits).__name__, hint)
         outputs = {**self._tapped, "logits": logits}
         self._tapped.clear()
         missing = [name for name in self._fields if name not in outputs]

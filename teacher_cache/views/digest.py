@@ -60,8 +60,8 @@ def pixel_digests(views_BCHW: Tensor) -> Tensor:
     """
     if views_BCHW.dtype != torch.uint8 or views_BCHW.ndim != 4:
         raise ValueError(f"views must be uint8 [B, C, H, W]: {views_BCHW.dtype=} {tuple(views_BCHW.shape)=}")
-    batch, channels, height, width = views_BCHW.shape
-    flat = views_BCHW.reshape(batch, -1)
+    _, channels, height, width = views_BCHW.shape
+    flat = views_BCHW.flatten(1)
     spare = -flat.shape[1] % 8
     if spare:
         flat = torch.nn.functional.pad(flat, (0, spare))

@@ -81,11 +81,16 @@ def render_views(recipe: Recipe, images: Sequence[Tensor], digests_B: NDArray[np
         view: the view number.
 
     Raises:
-        SpecError: the views do not all have one shape, so they make no batch.
+        SpecError: an operation refuses an image, or the views do not all have one shape and make no batch.
     """
     sizes = np.array([image.shape[1:] for image in images], np.int64).reshape(-1, 2)
-    params = recipe.resolve(digests_B, sizes, view)
-    views = [recipe.render(image, row.tolist()) for image, row in zip(images, params, strict=True)]
+    try:
+        params = recipe.resolve(digests_B, sizes, view)
+        views = [recipe.render(image, row.tolist()) for image, row in zip(images, params, strict=True)]
+    except (ValueError, RuntimeError) as error:
+        hint = "Correct the recipe so that it holds for every image."
+        found = sorted({tuple(size) for size in sizes.tolist()})[:3]
+        raise SpecError("views.recipe", f"cannot be rendered: {error}", f"images of {found}", hint) from error
     shapes = sorted({tuple(image.shape) for image in views})
     if len(shapes) > 1:
         hint = "Add `resize` and `center_crop`, or `random_resized_crop`, so that all views have one size."

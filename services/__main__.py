@@ -1,0 +1,147 @@
+"""`teacher-serve CONFIG`: serves the teacher of a build's configuration."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import Annotated
+
+import typer
+import uvicorn
+import yaml
+
+from services.app import create_app
+from services.settings import Settings
+from services.state import Service
+from services.teachers import open_served
+from services.transport import KEY_VARIABLE
+from teacher_cache.errors import SpecError, TeacherCacheError
+from teacher_cache.spec import load_spec, parse
+
+_SERVICE = "service."
+_DRAIN_LIMIT = 30
+
+
+class _Server(uvicorn.Server):
+    """At the first signal `readyz` turns 503 and requests are still taken for a while; then they are finished.
+
+    A load balancer thus has time to look away before the door closes. A second signal closes it at once.
+    """
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self._service = service
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Called in the main thread; not passed on, so that a drained server exits with 0."""
+        if self._service.draining:
+            self.force_exit = self.should_exit and sig == signal.SIGINT
+            self.should_exit = True
+            return
+        self._service.draining = True
+        timer = threading.Timer(self._service.settings.drain_seconds, self._close)
+        timer.daemon = True
+        timer.start()
+
+    def _close(self) -> None:
+        self.should_exit = True
+
+
+def serve(
+    config: Annotated[Path, typer.Argument(help="The build's YAML file.", show_default=False)],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="KEY=VALUE of the configuration, or service.KEY=VALUE of a limit."),
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address; beyond loopback a key is needed.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port; 0 takes a free one.")] = 8000,
+    name: Annotated[str | None, typer.Option(help="Last part of the URL; default: teacher.name.")] = None,
+) -> None:
+    """Serves a teacher's answers over HTTP, without its weights. The key is read from TEACHER_API_KEY."""
+    try:
+        _serve(config, overrides or [], host, port, name)
+    except TeacherCacheError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(error.exit_code) from None
+
+
+def _serve(config: Path, overrides: list[str], host: str, port: int, name: str | None) -> None:
+    settings = _settings(overrides, host, port)
+    ours = [item for item in overrides if not item.startswith(_SERVICE)]
+    named = [] if name is None else [f"teacher.name={json.dumps(name)}"]
+    spec = load_spec(config, [*ours, *named])
+    with _bind(settings) as listener:
+        served = open_served(spec)
+        app = create_app({served.name: served}, settings)
+        address = f"[{host}]" if ":" in host else host
+        url = f"http://{address}:{listener.getsockname()[1]}/{served.name}"
+        print(f"serving {served.name}, digest {served.digest}, at {url}", flush=True)
+        server = uvicorn.Config(
+            app,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            ws="none",
+            timeout_graceful_shutdown=_DRAIN_LIMIT,
+        )
+        _Server(server, app.state.service).run(sockets=[listener])
+
+
+def _settings(overrides: list[str], host: str, port: int) -> Settings:
+    """The flags, `--set service.KEY=VALUE`, and the key from the environment."""
+    given: dict[str, object] = {}
+    for override in overrides:
+        if not override.startswith(_SERVICE):
+            continue
+        name, sign, value = override.removeprefix(_SERVICE).partition("=")
+        if not sign:
+            raise SpecError("--set", "must be KEY=VALUE", override, "For example service.max_images=64.")
+        if name in ("host", "port", "api_key"):
+            hint = "Use --host, --port, and the variable TEACHER_API_KEY."
+            raise SpecError("--set", "must name a limit", f"{_SERVICE}{name}", hint)
+        given[name] = yaml.safe_load(value)
+    given |= {"host": host, "port": port, "api_key": os.environ.get(KEY_VARIABLE)}
+    return parse(Settings, given, "the command line")
+
+
+def _bind(settings: Settings) -> socket.socket:
+    """Takes the port before the teacher is loaded: a taken one should not cost a minute.
+
+    Raises:
+        SpecError: the port is in use or not allowed, or the address is not one of this machine.
+    """
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    # asyncio turns Nagle's algorithm off only where the protocol is named; with it, each answer waits 40 ms.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((settings.host, settings.port))
+    except OSError as error:
+        listener.close()
+        if error.errno == errno.EADDRINUSE:
+            hint = "Stop what listens there, or choose another port; --port 0 takes a free one."
+            raise SpecError("--port", "must be free on this machine", settings.port, hint) from None
+        if error.errno == errno.EACCES:
+            hint = "Choose one above 1023."
+            raise SpecError("--port", "must be allowed to this user", settings.port, hint) from None
+        hint = "Use 127.0.0.1, or an address of this machine."
+        raise SpecError("--host", f"cannot be bound: {error.strerror}", settings.host, hint) from None
+    return listener
+
+
+def main() -> None:
+    """Entry point of `teacher-serve`."""
+    command = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    command.command()(serve)
+    command()
+
+
+if __name__ == "__main__":
+    main()

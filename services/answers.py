@@ -1,0 +1,67 @@
+"""From raw fields to what was asked for: temperature and k are applied after the forward pass."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from services.options import Wanted
+from services.schemas import Predictions
+from services.teachers import ServedTeacher
+
+
+def log_probs(logits_BC: Tensor, temperature: float) -> Tensor:
+    """log softmax(logits / T), float32 [B, C]; shifted first, so that a small T cannot overflow."""
+    shifted_BC = logits_BC - logits_BC.amax(dim=1, keepdim=True)
+    return torch.log_softmax(shifted_BC / temperature, dim=1)
+
+
+def top_k(logprobs_BC: Tensor, k: int) -> dict[str, Tensor]:
+    """`values` [B, K], `indices` [B, K] (value down, then class up) and `tail_logmass` [B] (−inf for k = C)."""
+    sorted_BC, order_BC = logprobs_BC.sort(dim=1, descending=True, stable=True)
+    return {
+        "values": sorted_BC[:, :k],
+        "indices": order_BC[:, :k].int(),
+        "tail_logmass": torch.logsumexp(sorted_BC[:, k:], dim=1),
+    }
+
+
+def transform(fields: dict[str, Tensor], wanted: Wanted) -> dict[str, Tensor]:
+    """The tensors of an answer: `values` (and top-k's parts) from the logits, features under their names."""
+    answer = {name: value for name, value in fields.items() if name != "logits"}
+    if "logits" not in fields:
+        return answer
+    logits_BC = fields["logits"]
+    if wanted.output == "logits":
+        return {**answer, "values": logits_BC}
+    logprobs_BC = log_probs(logits_BC, wanted.temperature)
+    if wanted.output == "topk":
+        return {**answer, **top_k(logprobs_BC, wanted.k)}
+    return {**answer, "values": logprobs_BC.exp() if wanted.output == "probs" else logprobs_BC}
+
+
+def metadata(teacher: ServedTeacher, wanted: Wanted, resized: bool) -> dict[str, str]:
+    """What a safetensors answer says about itself."""
+    return {
+        "teacher": teacher.name,
+        "digest": teacher.digest,
+        "output": wanted.output,
+        "temperature": repr(wanted.temperature),
+        "resized": str(resized).lower(),
+    }
+
+
+def as_json(tensors: dict[str, Tensor], teacher: ServedTeacher, wanted: Wanted, resized: bool) -> Predictions:
+    """The same as JSON, with class names beside the indices where the teacher has them."""
+    parts = {name: value.tolist() for name, value in tensors.items()}
+    names = teacher.class_names
+    if names is not None and "indices" in parts:
+        parts["names"] = [[names[index] for index in row] for row in parts["indices"]]
+    return Predictions(
+        teacher=teacher.name,
+        digest=teacher.digest,
+        output=wanted.output,
+        temperature=wanted.temperature,
+        resized=resized,
+        **parts,
+    )

@@ -1,0 +1,191 @@
+"""One teacher, one thread: requests in, batches of a fixed size through the model, answers out.
+
+The thread takes what waits whenever the model is free; there is no timer. A request is cut at multiples of the
+micro-batch from its own start, and a piece is never cut again: so a full micro-batch travels alone and lies in
+the batch exactly as in a precompute job, whoever else is asking. Smaller pieces share a batch, first fit in the
+order of arrival; the rest of a batch is zeros, as there.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future
+
+import torch
+from torch import Tensor
+
+from services.teachers import ServedTeacher
+from services.work import Fields, Piece, Placed, QueueFull, Request, TeacherFailed
+
+_log = logging.getLogger("services")
+
+
+class Batcher:
+    """Thread-safe; the teacher is called in its own thread only."""
+
+    def __init__(self, served: ServedTeacher, queue_images: int) -> None:
+        """Nothing runs before `start`.
+
+        Args:
+            served: the teacher.
+            queue_images: how many images may wait, not counting the batch in the model.
+        """
+        self._served, self._most = served, queue_images
+        self._pieces: deque[Piece] = deque()
+        self._changed = threading.Condition()
+        self._waiting = 0
+        self._stopping = False
+        self._batch_seconds = 0.0
+        self._thread = threading.Thread(target=self._run, name=f"teacher-{served.name}", daemon=True)
+        self.warm = False
+        """Whether a first, empty batch has gone through the model."""
+
+    @property
+    def waiting(self) -> int:
+        """Images that wait for the model."""
+        return self._waiting
+
+    @property
+    def full(self) -> bool:
+        """Whether not even one image more would be taken."""
+        return self._waiting >= self._most
+
+    def start(self) -> None:
+        """Starts the thread, which warms the model first."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Lets the batch in the model end, cancels what waits, and joins the thread."""
+        with self._changed:
+            self._stopping = True
+            left = list(self._pieces)
+            self._pieces.clear()
+            self._waiting = 0
+            self._changed.notify()
+        for piece in left:
+            piece.request.answer.cancel()
+        self._thread.join()
+
+    def require_room(self, images: int) -> None:
+        """Raises `QueueFull` where so many images would not be taken now."""
+        if self._waiting + images > self._most:
+            batches = self._waiting / self._served.micro_batch
+            raise QueueFull(max(1, math.ceil(batches * self._batch_seconds)))
+
+    def submit(self, images_BCHW: Tensor, fields: Sequence[str], deadline: float = math.inf) -> Future[Fields]:
+        """Queues a request.
+
+        Args:
+            images_BCHW: uint8 [N, C, H, W] in the teacher's view shape, N ≥ 1.
+            fields: which of the teacher's fields to keep.
+            deadline: on the monotonic clock; work that is late is dropped before it reaches the model.
+
+        Returns:
+            A future of float32 [N, ...] values on the CPU; cancelling it drops the work that is not in the model.
+
+        Raises:
+            QueueFull: too many images wait.
+        """
+        cut = torch.split(images_BCHW, self._served.micro_batch)
+        request = Request(tuple(fields), deadline, Future(), [None] * len(cut))
+        with self._changed:
+            self.require_room(len(images_BCHW))
+            if self._stopping:
+                request.answer.cancel()
+                return request.answer
+            self._pieces.extend(Piece(request, index, images) for index, images in enumerate(cut))
+            self._waiting += len(images_BCHW)
+            self._changed.notify()
+        return request.answer
+
+    def _run(self) -> None:
+        before = torch.get_num_threads()
+        torch.set_num_threads(self._served.threads)
+        try:
+            self._warm_up()
+            while batch := self._next():
+                started = time.monotonic()
+                self._answer(batch)
+                self._batch_seconds = time.monotonic() - started
+        finally:
+            torch.set_num_threads(before)
+
+    def _warm_up(self) -> None:
+        try:
+            self._forward([])
+            self.warm = True
+        except Exception:
+            # Requests will meet the same error and say so; `readyz` stays 503.
+            _log.exception("teacher %s cannot run", self._served.name)
+
+    def _next(self) -> list[Placed]:
+        """Waits for work; empty when stopped."""
+        with self._changed:
+            while True:
+                batch = self._take()
+                if batch or self._stopping:
+                    return batch
+                self._changed.wait()
+
+    def _take(self) -> list[Placed]:
+        batch: list[Placed] = []
+        kept: deque[Piece] = deque()
+        used = 0
+        for piece in self._pieces:
+            rows = len(piece.images_BCHW)
+            if piece.request.dropped():
+                self._waiting -= rows
+            elif used + rows <= self._served.micro_batch:
+                batch.append(Placed(piece, used))
+                used += rows
+                self._waiting -= rows
+            else:
+                kept.append(piece)
+        self._pieces = kept
+        return batch
+
+    def _answer(self, batch: list[Placed]) -> None:
+        """Answers every piece; halves a failing batch until the piece that breaks it is alone.
+
+        The rows of the other half become zeros, so that every piece stays where it was.
+        """
+        try:
+            outputs = self._forward(batch)
+        except Exception as error:
+            # Whatever a user's model raises belongs to somebody's request; the thread goes on.
+            if len(batch) == 1:
+                _log.error("teacher %s failed on one request: %r", self._served.name, error)
+                batch[0].piece.request.fail(TeacherFailed())
+                return
+            half = len(batch) // 2
+            self._answer(batch[:half])
+            self._answer(batch[half:])
+            return
+        for placed in batch:
+            _deliver(placed, outputs)
+
+    def _forward(self, batch: list[Placed]) -> Fields:
+        size = self._served.micro_batch
+        views_BCHW = torch.zeros((size, *self._served.view_shape), dtype=torch.uint8)
+        for placed in batch:
+            views_BCHW[placed.start : placed.stop] = placed.piece.images_BCHW
+        outputs = self._served.teacher(views_BCHW)
+        for name, shape in self._served.field_shapes.items():
+            if tuple(outputs[name].shape) != (size, *shape):
+                raise ValueError(f"{name} must be {(size, *shape)}, found {tuple(outputs[name].shape)}")
+        return outputs
+
+
+def _deliver(placed: Placed, outputs: Fields) -> None:
+    request, rows = placed.piece.request, slice(placed.start, placed.stop)
+    try:
+        request.keep(placed.piece.index, {name: outputs[name][rows].cpu() for name in request.fields})
+    except Exception as error:
+        # Out of memory while copying or joining: this request's trouble, not the thread's.
+        _log.error("an answer could not be put together: %r", error)
+        request.fail(TeacherFailed())

@@ -1,0 +1,110 @@
+"""Errors on the wire: `application/problem+json` (RFC 9457), with the product's own four parts as members.
+
+`type` is `about:blank`, so the title is the status's phrase; field, rule, value and hint say the rest. Never a
+traceback, a path of this machine, or what was in the body.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from services.options import PredictOptions
+
+MEDIA_TYPE = "application/problem+json"
+_LONGEST_VALUE = 80
+
+
+class Problem(Exception):  # noqa: N818 - RFC 9457's word
+    """A request that ends here.
+
+    Args:
+        status: of the answer.
+        field: the header, option or part of the body that it is about.
+        rule: the rule that does not hold.
+        value: what was found; never content of the body.
+        hint: what to do next.
+        headers: to be sent with it (Retry-After, WWW-Authenticate, Allow).
+    """
+
+    def __init__(
+        self,
+        status: int,
+        field: str,
+        rule: str,
+        value: object,
+        hint: str,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        text = str(value)
+        self.value = text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}…"
+        self.status, self.field, self.rule, self.hint = status, field, rule, hint
+        self.headers = dict(headers or {})
+        super().__init__(status, field, rule, self.value, hint)
+
+    def response(self, request_id: str) -> JSONResponse:
+        """The answer that says so."""
+        body: dict[str, Any] = {
+            "type": "about:blank",
+            "title": HTTPStatus(self.status).phrase,
+            "status": self.status,
+            "detail": f"{self.field}: {self.rule} (found: {self.value}). {self.hint}",
+            "field": self.field,
+            "rule": self.rule,
+            "value": self.value,
+            "hint": self.hint,
+            "request_id": request_id,
+        }
+        return JSONResponse(body, self.status, self.headers, media_type=MEDIA_TYPE)
+
+
+def internal() -> Problem:
+    """A defect of ours: what happened is in the server's log, under the request's id."""
+    hint = "Report the request_id to whoever runs this server."
+    return Problem(500, "server", "could not answer", "an internal error", hint)
+
+
+def install(app: FastAPI) -> None:
+    """Makes every refusal a problem, including those of the framework."""
+    app.add_exception_handler(Problem, _problem)
+    app.add_exception_handler(HTTPException, _framework)
+    app.add_exception_handler(RequestValidationError, _validation)
+
+
+def request_id(request: Request) -> str:
+    """The id that `app` gave the request."""
+    return str(request.scope.get("state", {}).get("request_id", ""))
+
+
+async def _problem(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, Problem), "registered for problems only"
+    return error.response(request_id(request))
+
+
+async def _framework(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException), "registered for it only"
+    known = {404: ("path", "is not one of this service"), 405: ("method", "is not offered at this path")}
+    field, rule = known.get(error.status_code, ("request", "was refused"))
+    value = request.method if error.status_code == 405 else request.url.path
+    hint = "See GET /v1/teachers for what is served."
+    return Problem(error.status_code, field, rule, value, hint, error.headers).response(request_id(request))
+
+
+async def _validation(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError), "registered for it only"
+    first = error.errors()[0]
+    where, name = str(first["loc"][0]), str(first["loc"][-1])
+    rule, hint = str(first["msg"]), "Correct it; the teacher's card lists outputs, fields and limits."
+    if first["type"] == "extra_forbidden":
+        known = sorted(PredictOptions.model_fields)
+        near = difflib.get_close_matches(name, known, n=1)
+        rule, hint = "is not a known option", f"Did you mean `{(near or [', '.join(known)])[0]}`?"
+    status = 400 if where == "query" else 422
+    return Problem(status, name, rule, first.get("input"), hint).response(request_id(request))

@@ -1,0 +1,59 @@
+"""What a server allows: every limit, and who may reach it."""
+
+from __future__ import annotations
+
+import ipaddress
+
+from pydantic import Field, SecretStr, field_validator, model_validator
+
+from teacher_cache.errors import SpecError
+from teacher_cache.spec import Strict
+
+
+class Settings(Strict):
+    """One server's settings; impossible ones are refused at birth.
+
+    Raises:
+        SpecError: an address beyond loopback without a key, or limits that contradict each other.
+    """
+
+    host: str = Field(default="127.0.0.1", description="address to bind")
+    port: int = Field(default=8000, ge=0, lt=2**16, description="0 takes a free one")
+    api_key: SecretStr | None = Field(default=None, description="bearer key; None leaves loopback open")
+    max_body_bytes: int = Field(default=64 * 2**20, gt=0, description="bytes of one request's body")
+    max_images: int = Field(default=1024, gt=0, description="images in one request")
+    max_pixels: int = Field(default=2**25, gt=0, description="width × height of one encoded image")
+    queue_images: int = Field(default=4096, gt=0, description="images that may wait for one teacher")
+    drain_seconds: float = Field(
+        default=1.0, ge=0, le=600, description="from SIGTERM (readyz turns 503) to the closed door"
+    )
+
+    @field_validator("api_key")
+    @classmethod
+    def _can_be_sent(cls, key: SecretStr | None) -> SecretStr | None:
+        if key is not None and not (key.get_secret_value().isascii() and _visible(key.get_secret_value())):
+            hint = "Make one: python -c 'import secrets; print(secrets.token_urlsafe(32))'."
+            raise SpecError("api_key", "must be one or more visible ASCII characters", "(hidden)", hint)
+        return key
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Settings:
+        if self.api_key is None and not is_loopback(self.host):
+            hint = "Set TEACHER_API_KEY, or bind 127.0.0.1."
+            raise SpecError("host", "needs an api_key unless it is a loopback address", self.host, hint)
+        if self.queue_images < self.max_images:
+            rule = f"must hold one request of max_images ({self.max_images})"
+            raise SpecError("queue_images", rule, self.queue_images, "Raise it, or lower max_images.")
+        return self
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach the address; a name other than `localhost` is not trusted."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _visible(key: str) -> bool:
+    return bool(key) and key.isprintable() and " " not in key

@@ -1,0 +1,44 @@
+"""What a running server holds: its teachers, their threads, and whether it is on its way out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from services.batching import Batcher
+from services.settings import Settings
+from services.teachers import ServedTeacher
+from teacher_cache.errors import SpecError
+
+
+@dataclass
+class Service:
+    """Shared by all requests of one app."""
+
+    settings: Settings
+    teachers: Mapping[str, ServedTeacher]
+    batchers: Mapping[str, Batcher]
+    draining: bool = False
+    """Set at SIGTERM: `readyz` turns 503 while requests are still answered."""
+
+    def not_ready(self) -> list[str]:
+        """Why no new traffic should be sent here; empty when ready."""
+        reasons = ["draining"] if self.draining else []
+        reasons += [f"{name} is not warm" for name, batcher in self.batchers.items() if not batcher.warm]
+        return reasons + [f"{name} has a full queue" for name, batcher in self.batchers.items() if batcher.full]
+
+
+def make_service(teachers: Mapping[str, ServedTeacher], settings: Settings) -> Service:
+    """Puts a thread, not yet started, behind each teacher.
+
+    Raises:
+        SpecError: there is no teacher, or one whose micro-batch no request may carry.
+    """
+    if not teachers:
+        raise SpecError("teachers", "must name at least one teacher", "none", "Give a configuration.")
+    for served in teachers.values():
+        if served.micro_batch > settings.max_images:
+            rule = f"must allow a whole micro-batch of {served.name} ({served.micro_batch})"
+            raise SpecError("max_images", rule, settings.max_images, "Raise it, or lower micro_batch.")
+    batchers = {name: Batcher(served, settings.queue_images) for name, served in teachers.items()}
+    return Service(settings, dict(teachers), batchers)

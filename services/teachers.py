@@ -1,0 +1,96 @@
+"""A teacher with all that the service must know about it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from services.schemas import OUTPUTS, FieldCard, InputCard, LimitsCard, NumericsCard, TeacherCard
+from services.settings import Settings
+from teacher_cache.plan import draft, open_parts
+from teacher_cache.spec import BuildSpec, NormalizeSpec
+from teacher_cache.teachers import Teacher, resolve_device
+
+
+@dataclass(frozen=True)
+class ServedTeacher:
+    """One teacher as it is offered."""
+
+    name: str
+    """The last part of its URL."""
+    teacher: Teacher
+    """Called in one thread only."""
+    view_shape: tuple[int, int, int]
+    """(C, H, W) of one uint8 input."""
+    micro_batch: int
+    """Rows of every forward pass, the tail padded with zeros: what gives the bits of a precompute job."""
+    class_names: tuple[str, ...] | None
+    field_shapes: Mapping[str, tuple[int, ...]]
+    """Of one row, float32."""
+    pools: Mapping[str, str]
+    """How each field is pooled: `none` or `mean`."""
+    normalize: NormalizeSpec | None = None
+    precision: str = "fp32"
+    channels_last: bool = False
+    threads: int = 1
+    """torch threads of the thread that runs it; more or fewer can change a logit's last bit."""
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.micro_batch < 1 or self.threads < 1 or len(self.view_shape) != 3:
+            raise ValueError(f"impossible: {self.micro_batch=} {self.threads=} {self.view_shape=}")
+
+    @property
+    def digest(self) -> str:
+        """The teacher's fingerprint."""
+        return self.teacher.fingerprint
+
+    def card(self, settings: Settings) -> TeacherCard:
+        """What `GET /v1/teachers/{name}` answers."""
+        channels, height, width = self.view_shape
+        return TeacherCard(
+            name=self.name,
+            digest=self.digest,
+            class_names=self.class_names,
+            input=InputCard(
+                shape=(height, width, channels),
+                mean=self.normalize.mean if self.normalize else None,
+                std=self.normalize.std if self.normalize else None,
+            ),
+            outputs=OUTPUTS if "logits" in self.field_shapes else ("logits",),
+            fields={name: FieldCard(shape=shape, pool=self.pools[name]) for name, shape in self.field_shapes.items()},
+            micro_batch=self.micro_batch,
+            numerics=NumericsCard(
+                precision=self.precision,
+                channels_last=self.channels_last,
+                threads=self.threads,
+                device=self.device,
+            ),
+            limits=LimitsCard(
+                images=settings.max_images, body_bytes=settings.max_body_bytes, pixels=settings.max_pixels
+            ),
+        )
+
+
+def open_served(spec: BuildSpec) -> ServedTeacher:
+    """The teacher of a build's configuration, probed once; its source gives the class names.
+
+    Raises:
+        RequestError: the source, the recipe or the teacher cannot be opened, or they do not fit.
+    """
+    opened = open_parts(spec)
+    planned = draft(opened)
+    return ServedTeacher(
+        name=spec.teacher.name,
+        teacher=opened.teacher,
+        view_shape=planned.view_shape,
+        micro_batch=spec.teacher.micro_batch,
+        class_names=spec.teacher.class_names or planned.class_names,
+        field_shapes=planned.field_shapes,
+        pools={name: field.pool for name, field in spec.teacher.fields.items()},
+        normalize=spec.teacher.normalize or opened.recipe.normalize,
+        precision=spec.teacher.precision,
+        channels_last=spec.teacher.channels_last,
+        threads=spec.compute.threads,
+        device=resolve_device(spec.compute.device),
+    )

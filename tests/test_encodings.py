@@ -1,0 +1,324 @@
+"""The laws of encodings, one suite over every encoding."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from strategies import SEEDS, logits
+from torch import Tensor
+
+from teacher_cache.encodings import DenseTarget, Encoding, SparseTarget, open_encoding, row_bytes
+from teacher_cache.encodings.fidelity import measure_feature, measure_logits, total
+from teacher_cache.encodings.top_k import TopKLogits, narrowest
+from teacher_cache.errors import NonFiniteError, SpecError
+from teacher_cache.spec import DenseF16, DenseF32, EncodingSpec, TopK
+
+SPECS: dict[str, EncodingSpec] = {
+    "dense_f32": DenseF32(kind="dense_f32"),
+    "dense_f16": DenseF16(kind="dense_f16"),
+    "top_1": TopK(kind="top_k", k=1),
+    "top_5": TopK(kind="top_k", k=5),
+    "top_all": TopK(kind="top_k", k=10**9),
+}
+ALL = pytest.mark.parametrize("name", SPECS)
+
+
+def opened(name: str, classes: int) -> Encoding:
+    """An encoding of a name for C classes; k is lowered to C."""
+    spec = SPECS[name]
+    if isinstance(spec, TopK):
+        spec = TopK(kind="top_k", k=min(spec.k, classes))
+    return open_encoding(spec, (classes,), "logits")
+
+
+def round_trip(name: str, values_BC: Tensor) -> Any:
+    encoding = opened(name, values_BC.shape[1])
+    return encoding.decode(encoding.encode(values_BC))
+
+
+def softmax(values_BC: Tensor, temperature: float) -> Tensor:
+    return torch.log_softmax(values_BC.double() / temperature, dim=1)
+
+
+@ALL
+@given(values_BC=logits())
+def test_parts_are_as_declared(name: str, values_BC: Tensor) -> None:
+    """Names, types, shapes and bytes per row; the same values give the same bytes; the input stays as it was."""
+    encoding, before = opened(name, values_BC.shape[1]), values_BC.clone()
+    assume(name == "dense_f32" or values_BC.abs().max() < 60_000)
+    first, second = encoding.encode(values_BC), encoding.encode(values_BC)
+    assert set(first) == {part.name for part in encoding.parts}
+    for part in encoding.parts:
+        assert first[part.name].dtype == part.dtype
+        assert first[part.name].shape == (len(values_BC), *part.shape)
+        assert first[part.name].tobytes() == second[part.name].tobytes()
+    assert sum(column.nbytes for column in first.values()) == len(values_BC) * row_bytes(encoding)
+    assert torch.equal(values_BC, before)
+
+
+@ALL
+@given(values_BC=logits())
+def test_a_row_does_not_depend_on_its_batch(name: str, values_BC: Tensor) -> None:
+    """Encoding rows one by one gives the bytes of encoding them together."""
+    encoding = opened(name, values_BC.shape[1])
+    together = encoding.encode(values_BC)
+    for row in range(len(values_BC)):
+        alone = encoding.encode(values_BC[row : row + 1])
+        for part, column in alone.items():
+            assert column.tobytes() == together[part][row : row + 1].tobytes()
+
+
+@given(values_BC=logits())
+def test_dense_f32_is_exact(values_BC: Tensor) -> None:
+    assert torch.equal(round_trip("dense_f32", values_BC).values, values_BC)
+
+
+@given(values_BC=logits())
+def test_dense_f16_keeps_eleven_bits(values_BC: Tensor) -> None:
+    """Relative error at most 2⁻¹¹ for normal numbers, absolute 2⁻²⁵ below them; still half precision."""
+    target = round_trip("dense_f16", values_BC)
+    assert target.values.dtype == torch.float16
+    error = (target.values.double() - values_BC.double()).abs()
+    assert bool((error <= values_BC.double().abs() * 2.0**-11 + 2.0**-25).all())
+
+
+@pytest.mark.parametrize("name", ["top_1", "top_5", "top_all"])
+@given(values_BC=logits())
+def test_top_k_keeps_the_largest(name: str, values_BC: Tensor) -> None:
+    """Ids are unique, in range, in the narrowest type, by falling logit and rising class where tied."""
+    target = round_trip(name, values_BC)
+    classes, kept = values_BC.shape[1], target.values_BK.shape[1]
+    ids = target.indices_BK.numpy().astype(int)
+    assert target.indices_BK.numpy().dtype == narrowest(classes)
+    for row, exact in enumerate(values_BC.tolist()):
+        by_value_then_class = sorted(range(classes), key=lambda c, exact=exact: (-exact[c], c))  # type: ignore[misc]
+        assert ids[row].tolist() == by_value_then_class[:kept]
+        shifted = values_BC[row, ids[row]].double() - values_BC[row].double().max()
+        error = (target.values_BK[row].double() - shifted).abs()
+        assert bool((error <= shifted.abs() * 2.0**-10 + 2.0**-24).all())
+
+
+@pytest.mark.parametrize("name", ["top_1", "top_5", "top_all"])
+@given(values_BC=logits())
+def test_top_k_stores_the_mass_of_the_tail(name: str, values_BC: Tensor) -> None:
+    """`tail_logmass` is the log-mass of the classes left out, less the maximum; `lse` is raw."""
+    target = round_trip(name, values_BC)
+    kept = target.values_BK.shape[1]
+    down = values_BC.double().sort(dim=1, descending=True).values
+    tail_B = torch.logsumexp((down - down[:, :1])[:, kept:], dim=1)
+    if kept == values_BC.shape[1]:
+        assert bool((target.tail_logmass_B == -math.inf).all())
+    else:
+        assert torch.allclose(target.tail_logmass_B.double(), tail_B, rtol=2**-10, atol=2**-20)
+    lse_B = torch.logsumexp(values_BC.double(), dim=1)
+    assert torch.allclose(target.lse_B.double(), lse_B, rtol=2**-10, atol=2**-20)
+
+
+@ALL
+@pytest.mark.parametrize("temperature", [1, 2, 4])
+@given(values_BC=logits())
+def test_mass_is_one_at_every_temperature(name: str, temperature: int, values_BC: Tensor) -> None:
+    """A decoded distribution sums to one, and has no NaN."""
+    log_probs = round_trip(name, values_BC).log_probs(temperature)
+    assert log_probs.dtype == torch.float32
+    assert log_probs.shape == values_BC.shape
+    assert not bool(log_probs.isnan().any())
+    mass = log_probs.double().exp().sum(1)
+    assert bool(((mass - 1).abs() <= 1e-5).all())
+    # The project's own bound holds for the sum as distilled: nothing is ever added beyond rounding.
+    if values_BC.abs().max() < 100:
+        assert bool((mass <= 1 + 2e-6).all()), mass.max()
+
+
+@pytest.mark.parametrize("name", ["dense_f32", "dense_f16"])
+@given(values_BC=logits())
+def test_the_best_class_stays_the_best(name: str, values_BC: Tensor) -> None:
+    """The decoded distribution's largest class has the largest logit, up to the rounding that is declared."""
+    best = round_trip(name, values_BC).log_probs().argmax(1)
+    top = values_BC.gather(1, best[:, None])[:, 0]
+    # Log-probabilities are float32 of a size near log C: their own last bit is allowed for.
+    slack = values_BC.abs().amax(1) * 2.0**-10 + 2.0**-19
+    assert bool((values_BC.amax(1) - top <= slack).all())
+
+
+@pytest.mark.parametrize("name", ["top_1", "top_5", "top_all"])
+@given(values_BC=logits())
+def test_the_first_kept_class_is_the_likeliest(name: str, values_BC: Tensor) -> None:
+    """No class left out is ever decoded above the best one (at most level with it, where rows are nearly flat)."""
+    target = round_trip(name, values_BC)
+    log_probs = target.log_probs()
+    assert torch.equal(log_probs.gather(1, target.indices_BK[:, :1].long())[:, 0], log_probs.amax(1))
+
+
+@pytest.mark.parametrize("name", ["top_1", "top_5", "top_all"])
+@pytest.mark.parametrize("temperature", [1, 2, 4])
+@given(values_BC=logits())
+def test_sparse_and_full_forms_agree(name: str, temperature: int, values_BC: Tensor) -> None:
+    """`log_probs_sparse` is `log_probs` gathered, and what is left out has one value, never above the kept."""
+    target = round_trip(name, values_BC)
+    kept_BK, each_B = target.log_probs_sparse(temperature)
+    full_BC = target.log_probs(temperature)
+    ids = target.indices_BK.long()
+    assert torch.equal(full_BC.gather(1, ids), kept_BK)
+    left = torch.ones_like(full_BC, dtype=torch.bool).scatter(1, ids, False)
+    assert torch.equal(full_BC[left], each_B.repeat_interleave(left.sum(1)))
+    assert bool((each_B <= kept_BK[:, -1]).all())
+
+
+@given(seed=SEEDS, classes=st.integers(2, 300), k=st.integers(1, 300), shift=st.integers(-60, 60))
+def test_top_k_does_not_see_a_shift(seed: int, classes: int, k: int, shift: int) -> None:
+    """Adding a constant to all logits of a row changes `lse` and nothing else."""
+    generator = torch.Generator().manual_seed(seed)
+    values_BC = torch.randint(-400, 400, (3, classes), generator=generator) * 2.0**-5
+    encoding = TopKLogits(classes, min(k, classes))
+    here, there = encoding.encode(values_BC), encoding.encode(values_BC + shift)
+    for part in ("values", "indices", "tail_logmass"):
+        assert here[part].tobytes() == there[part].tobytes()
+    moved = there["lse"].astype(float) - here["lse"].astype(float)
+    assert np.abs(moved - shift).max() <= 0.07
+
+
+@given(seed=SEEDS, classes=st.integers(1, 300))
+def test_top_all_is_exact(seed: int, classes: int) -> None:
+    """k = C keeps logits that half precision can hold without any error in the distribution."""
+    generator = torch.Generator().manual_seed(seed)
+    values_BC = torch.randint(-100, 100, (3, classes), generator=generator) * 2.0**-3
+    target = round_trip("top_all", values_BC)
+    for temperature in (1, 2, 4):
+        error = target.log_probs(temperature).double() - softmax(values_BC, temperature)
+        assert error.abs().max() < 2e-5
+    raw = target.dense().values.double() - values_BC.double()
+    assert bool((raw.abs() <= target.lse_B.double().abs()[:, None] * 2.0**-11 + 1e-4).all())
+
+
+@given(seed=SEEDS, classes=st.integers(6, 300))
+def test_top_k_keeps_the_probabilities_of_what_it_keeps(seed: int, classes: int) -> None:
+    """At T = 1 the kept classes have the teacher's own probabilities: the tail is stored, not derived."""
+    values_BC = 4 * torch.randn(4, classes, generator=torch.Generator().manual_seed(seed))
+    target = round_trip("top_5", values_BC)
+    kept_BK, each_B = target.log_probs_sparse()
+    exact_BK = softmax(values_BC, 1).gather(1, target.indices_BK.long())
+    assert (kept_BK.double() - exact_BK).abs().max() < 0.03
+    tail_B = (each_B.double() + math.log(classes - 5)).exp()
+    exact_tail_B = 1 - exact_BK.exp().sum(1)
+    assert (tail_B - exact_tail_B).abs().max() < 0.02
+
+
+def test_a_confident_row_keeps_a_tiny_tail() -> None:
+    """A tail of 1e-9 survives: from rounded probabilities it would be 0 or negative."""
+    values_BC = torch.tensor([[30.0, 9.0, 8.0, 7.0]])
+    _, each_B = round_trip("top_1", values_BC).log_probs_sparse()
+    exact = torch.logsumexp(values_BC[:, 1:].double(), 1) - torch.logsumexp(values_BC.double(), 1)
+    assert abs(float(each_B[0]) + math.log(3) - float(exact)) < 0.01
+
+
+@ALL
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@given(values_BC=logits(), data=st.data())
+def test_not_finite_is_refused_by_row(name: str, bad: float, values_BC: Tensor, data: st.DataObject) -> None:
+    """NaN and inf never enter a cache; the message names the row."""
+    row = data.draw(st.integers(0, len(values_BC) - 1))
+    values_BC[row, data.draw(st.integers(0, values_BC.shape[1] - 1))] = bad
+    with pytest.raises(NonFiniteError) as caught:
+        opened(name, values_BC.shape[1]).encode(values_BC)
+    assert caught.value.field == f"row {row}"
+
+
+@pytest.mark.parametrize("name", ["dense_f16", "top_5"])
+def test_overflow_of_half_precision_is_refused(name: str) -> None:
+    """A finite logit that float16 cannot hold is refused, not stored as inf."""
+    values_BC = torch.zeros(3, 5)
+    values_BC[1, 2] = -1e9
+    with pytest.raises(NonFiniteError, match="row 1"):
+        opened(name, 5).encode(values_BC)
+    assert torch.equal(round_trip("dense_f32", values_BC).values, values_BC)
+
+
+def test_k_above_the_classes_is_refused() -> None:
+    with pytest.raises(SpecError, match=r"at most 10.*found: 11"):
+        open_encoding(TopK(kind="top_k", k=11), (10,), "logits")
+    with pytest.raises(ValueError, match=r"1\.\.10"):
+        TopKLogits(10, 0)
+
+
+@pytest.mark.parametrize(
+    ("classes", "dtype"),
+    [(1, "uint8"), (256, "uint8"), (257, "uint16"), (65_536, "uint16"), (65_537, "uint32")],
+)
+def test_the_narrowest_type_holds_every_class(classes: int, dtype: str) -> None:
+    assert narrowest(classes) == dtype
+
+
+def test_the_last_class_of_a_full_type_survives() -> None:
+    """Class 255 of 256 and 65,535 of 65,536: ids are not masked or wrapped."""
+    for classes in (256, 257, 65_536, 65_537):
+        values_BC = torch.zeros(1, classes)
+        values_BC[0, -1] = 5
+        assert int(round_trip("top_1", values_BC).log_probs().argmax(1)) == classes - 1
+
+
+@given(seed=SEEDS, shape=st.lists(st.integers(1, 4), min_size=1, max_size=3))
+def test_dense_keeps_features_of_any_shape(seed: int, shape: list[int]) -> None:
+    values = torch.randn(2, *shape, generator=torch.Generator().manual_seed(seed))
+    encoding = open_encoding(SPECS["dense_f16"], tuple(shape), "feature:x")
+    target = encoding.decode(encoding.encode(values))
+    assert target.dense().values.shape == values.shape
+    assert measure_feature(values, target)["squared_error"] < 1e-6 * values.square().sum()
+
+
+class TestFidelity:
+    """What the build reports of an encoding's error."""
+
+    @ALL
+    @given(values_BC=logits())
+    def test_is_finite_and_never_negative(self, name: str, values_BC: Tensor) -> None:
+        """KL ≥ 0 up to rounding, agreement at most the rows, and no NaN for any row."""
+        found = measure_logits(values_BC, round_trip(name, values_BC))
+        assert all(math.isfinite(value) for value in found.values()), found
+        assert found["top1"] <= found["rows"] == len(values_BC)
+        for temperature in (1, 2, 4):
+            assert found[f"kl_t{temperature}"] >= -1e-4 * len(values_BC)
+
+    def test_is_finite_where_the_tail_is_beyond_half_precision(self) -> None:
+        """Masked classes (−1e9) left out by top-k have mass 0 on both sides: no error, and no NaN."""
+        values_BC = torch.tensor([[1.0, 0.0, -1e9, -1e9]])
+        encoding = open_encoding(TopK(kind="top_k", k=2), (4,), "logits")
+        found = measure_logits(values_BC, encoding.decode(encoding.encode(values_BC)))
+        assert found["kl_t1"] == pytest.approx(0, abs=1e-5)
+        assert all(math.isfinite(value) for value in found.values())
+
+    def test_measures_what_top_k_loses(self) -> None:
+        """KL(teacher ‖ decoded) by its definition, on a case that can be done by hand."""
+        values_BC = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
+        target = round_trip("top_1", values_BC)
+        p = softmax(values_BC, 1).exp()[0]
+        even = torch.log((1 - p[0]) / 3)
+        by_hand = sum(float(p[c] * (p[c].log() - even)) for c in (1, 2, 3))
+        assert measure_logits(values_BC, target)["kl_t1"] == pytest.approx(by_hand, abs=2e-3)
+
+    def test_sums_become_means(self) -> None:
+        shards = [
+            {"rows": 1.0, "kl_t1": 0.5, "top1": 1.0, "mass_error": 0.1},
+            {"rows": 3.0, "kl_t1": 0.3, "top1": 2.0, "mass_error": 0.05},
+        ]
+        found = total(shards)
+        assert found == {"rows": 4.0, "kl_t1": 0.2, "top1": 0.75, "mass_error": 0.1}
+        assert total([]) == {"rows": 0.0}
+        feature = [{"rows": 2.0, "squared_error": 1.0, "squares": 4.0}]
+        assert total(feature) == {"rows": 2.0, "relative_squared_error": 0.25}
+
+
+def test_targets_move_together() -> None:
+    """`to` moves every tensor of a target and keeps types."""
+    dense = DenseTarget(torch.zeros(2, 3, dtype=torch.float16)).to("cpu")
+    assert dense.values.dtype == torch.float16
+    assert len(dense) == 2
+    sparse = round_trip("top_1", torch.zeros(2, 3)).to("cpu", non_blocking=True)
+    assert isinstance(sparse, SparseTarget)
+    assert (len(sparse), sparse.classes, sparse.values_BK.dtype) == (2, 3, torch.float16)

@@ -1,0 +1,211 @@
+"""The batcher: what shares a batch, where it lies, what is dropped, and who survives a poison."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import CancelledError, Future
+from contextlib import contextmanager
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from toy_service_models import POISON, ToyTeacher, open_gate, toy_logits, toy_served, views, wait_until
+
+from services.batching import Batcher
+from services.work import Expired, Fields, QueueFull, TeacherFailed
+
+LOGITS = ("logits",)
+
+
+@contextmanager
+def batching(teacher: ToyTeacher, *, queue: int = 1000, micro_batch: int = 8, threads: int = 1) -> Iterator[Batcher]:
+    """A warm batcher, stopped at the end with the gate open."""
+    batcher = Batcher(toy_served(teacher, micro_batch=micro_batch, threads=threads), queue)
+    batcher.start()
+    wait_until(lambda: batcher.warm or teacher.broken)
+    try:
+        yield batcher
+    finally:
+        teacher.gate.set()
+        batcher.stop()
+
+
+def logits_of(answer: Future[Fields]) -> torch.Tensor:
+    """Waits for an answer."""
+    return answer.result(20)["logits"]
+
+
+def blocked(teacher: ToyTeacher, batcher: Batcher) -> Future[Fields]:
+    """Puts one image into the closed model, so that what follows must queue."""
+    answer = batcher.submit(views(1, 99), LOGITS)
+    assert teacher.entered.acquire(timeout=20)
+    return answer
+
+
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=8), st.integers(1, 9))
+def test_every_request_gets_its_own_rows_whatever_shares_its_batches(sizes: list[int], micro_batch: int) -> None:
+    teacher = open_gate(ToyTeacher())
+    with batching(teacher, micro_batch=micro_batch) as batcher:
+        asked = [views(size, seed) for seed, size in enumerate(sizes)]
+        answers = [batcher.submit(images, LOGITS) for images in asked]
+        for images, answer in zip(asked, answers, strict=True):
+            assert torch.equal(logits_of(answer), toy_logits(images))
+        assert batcher.waiting == 0
+    assert {len(batch) for batch in teacher.batches} == {micro_batch}
+    rows = sum(int((batch != 0).flatten(1).any(1).sum()) for batch in teacher.batches)
+    assert rows == sum(sizes)
+
+
+def test_waiting_requests_share_a_batch_and_the_rest_is_zeros() -> None:
+    teacher = ToyTeacher()
+    with batching(teacher) as batcher:
+        blocked(teacher, batcher)
+        first, second = views(3, 1), views(2, 2)
+        answers = [batcher.submit(first, LOGITS), batcher.submit(second, LOGITS)]
+        teacher.gate.set()
+        [logits_of(answer) for answer in answers]
+    assert len(teacher.batches) == 2
+    assert torch.equal(teacher.batches[1][:5], torch.cat([first, second]))
+    assert not teacher.batches[1][5:].any()
+
+
+def test_a_full_micro_batch_travels_alone_however_requests_are_mixed() -> None:
+    teacher = ToyTeacher()
+    with batching(teacher) as batcher:
+        blocked(teacher, batcher)
+        small, large = views(3, 1), views(19, 2)
+        answers = [batcher.submit(small, LOGITS), batcher.submit(large, LOGITS), batcher.submit(small, LOGITS)]
+        teacher.gate.set()
+        [logits_of(answer) for answer in answers]
+    # First fit: the tail of three joins the small request in front, and the full pieces stay as they are.
+    _, mixed, first, second, last = teacher.batches
+    assert torch.equal(mixed[:6], torch.cat([small, large[16:]]))
+    assert torch.equal(first, large[:8])
+    assert torch.equal(second, large[8:16])
+    assert torch.equal(last[:3], small)
+
+
+def test_only_the_fields_that_were_asked_for_come_back() -> None:
+    with batching(open_gate(ToyTeacher())) as batcher:
+        images = views(2)
+        found = batcher.submit(images, ("feature:pixels",)).result(20)
+        assert list(found) == ["feature:pixels"]
+        assert torch.equal(found["feature:pixels"], images.float())
+
+
+def test_cancelled_work_never_reaches_the_model() -> None:
+    teacher = ToyTeacher()
+    with batching(teacher) as batcher:
+        blocked(teacher, batcher)
+        dropped, kept = batcher.submit(views(8, 1), LOGITS), batcher.submit(views(2, 2), LOGITS)
+        assert dropped.cancel()
+        teacher.gate.set()
+        logits_of(kept)
+    assert not any(torch.equal(batch, views(8, 1)) for batch in teacher.batches)
+    assert len(teacher.batches) == 2
+
+
+def test_late_work_never_reaches_the_model() -> None:
+    teacher = ToyTeacher()
+    with batching(teacher) as batcher:
+        blocked(teacher, batcher)
+        late = batcher.submit(views(1, 1), LOGITS, deadline=time.monotonic() + 0.01)
+        kept = batcher.submit(views(2, 2), LOGITS, deadline=time.monotonic() + 60)
+        time.sleep(0.03)
+        teacher.gate.set()
+        logits_of(kept)
+        with pytest.raises(Expired):
+            late.result(20)
+    assert torch.equal(teacher.batches[1][:2], views(2, 2))
+    assert not teacher.batches[1][2:].any()
+
+
+def test_the_queue_is_bounded_in_images_and_says_when_to_come_back() -> None:
+    teacher = ToyTeacher()
+    with batching(teacher, queue=10) as batcher:
+        blocked(teacher, batcher)
+        kept = batcher.submit(views(7), LOGITS)
+        assert not batcher.full
+        with pytest.raises(QueueFull) as refused:
+            batcher.submit(views(4), LOGITS)
+        assert refused.value.retry_after >= 1
+        assert batcher.waiting == 7
+        batcher.submit(views(3), LOGITS)
+        assert batcher.full
+        teacher.gate.set()
+        logits_of(kept)
+        wait_until(lambda: batcher.waiting == 0)
+        assert not batcher.full
+
+
+@pytest.mark.parametrize("place", [0, 3, 6])
+def test_the_neighbours_of_a_poison_get_their_answers_from_the_same_places(place: int) -> None:
+    teacher = ToyTeacher()
+    with batching(teacher) as batcher:
+        blocked(teacher, batcher)
+        asked = [views(1, seed) for seed in range(7)]
+        asked[place][0, 0, 0, 0] = POISON
+        answers = [batcher.submit(images, LOGITS) for images in asked]
+        teacher.gate.set()
+        for number, (images, answer) in enumerate(zip(asked, answers, strict=True)):
+            if number == place:
+                with pytest.raises(TeacherFailed):
+                    answer.result(20)
+            else:
+                assert torch.equal(logits_of(answer), toy_logits(images))
+        # The thread goes on.
+        assert torch.equal(logits_of(batcher.submit(views(2), LOGITS)), toy_logits(views(2)))
+    shared = teacher.batches[1]
+    for batch in teacher.batches[2:-1]:
+        present = (batch != 0).flatten(1).any(1)
+        assert torch.equal(batch[present], shared[present])
+
+
+def test_one_poisonous_piece_fails_its_whole_request_once() -> None:
+    teacher = open_gate(ToyTeacher())
+    images = views(20)
+    images[9, 0, 0, 0] = POISON
+    with batching(teacher) as batcher:
+        with pytest.raises(TeacherFailed):
+            logits_of(batcher.submit(images, LOGITS))
+        logits_of(batcher.submit(views(1), LOGITS))
+
+
+def test_a_teacher_that_cannot_run_is_never_warm() -> None:
+    teacher = open_gate(ToyTeacher(broken=True))
+    with batching(teacher) as batcher:
+        with pytest.raises(TeacherFailed):
+            logits_of(batcher.submit(views(1), LOGITS))
+        assert not batcher.warm
+
+
+def test_an_answer_of_another_shape_is_a_failure() -> None:
+    teacher = open_gate(ToyTeacher())
+    with batching(teacher) as batcher:
+        object.__setattr__(batcher._served, "field_shapes", {"logits": (3,)})
+        with pytest.raises(TeacherFailed):
+            logits_of(batcher.submit(views(1), LOGITS))
+
+
+def test_the_model_runs_in_its_thread_with_its_number_of_torch_threads() -> None:
+    before = torch.get_num_threads()
+    teacher = open_gate(ToyTeacher())
+    with batching(teacher, threads=before + 1) as batcher:
+        logits_of(batcher.submit(views(1), LOGITS))
+    assert set(teacher.threads) == {before + 1}
+    assert torch.get_num_threads() == before
+
+
+def test_stopping_ends_the_batch_in_the_model_and_cancels_the_rest() -> None:
+    teacher = ToyTeacher()
+    with batching(teacher) as batcher:
+        inside = blocked(teacher, batcher)
+        waiting = batcher.submit(views(3), LOGITS)
+        teacher.gate.set()
+        batcher.stop()
+        assert inside.done()
+        assert waiting.done()
+        with pytest.raises(CancelledError):
+            batcher.submit(views(1), LOGITS).result(1)

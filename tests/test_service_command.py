@@ -1,0 +1,178 @@
+"""`teacher-serve` as a process: it starts, answers, drains and ends with 0; wrong requests end with 2."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+import yaml
+from toy_service_models import colour_spec, views, wait_until
+
+from services.__main__ import _bind, main
+from services.client import Prediction, TeacherClient
+from services.settings import Settings
+
+TESTS = str(Path(__file__).parent)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The configuration file."""
+    folder = tmp_path_factory.mktemp("command")
+    path = folder / "colour.yaml"
+    path.write_text(yaml.safe_dump(colour_spec(folder, "cache").model_dump(mode="json")))
+    return path
+
+
+def command(config: Path, *arguments: str, key: str | None = None) -> subprocess.Popen[str]:
+    """Starts the command."""
+    environment = {**os.environ, "PYTHONPATH": TESTS}
+    environment.pop("TEACHER_API_KEY", None)
+    if key is not None:
+        environment["TEACHER_API_KEY"] = key
+    return subprocess.Popen(
+        [sys.executable, "-m", "services", str(config), *arguments],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@contextmanager
+def started(config: Path, *arguments: str, key: str | None = None) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A running server and the URL that it printed."""
+    process = command(config, "--port", "0", *arguments, key=key)
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        url = line.rpartition(" at ")[2].strip()
+        assert url.startswith("http://"), process.communicate()
+        wait_until(lambda: ready(url) == 200, 60)
+        yield process, url
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def ready(url: str) -> int:
+    """The status of readyz, 0 where nobody listens."""
+    try:
+        return httpx.get(f"{url.rpartition('/')[0]}/readyz").status_code
+    except httpx.TransportError:
+        return 0
+
+
+def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
+    """Exit code and stderr."""
+    _, errors = process.communicate(timeout=60)
+    return process.returncode, errors
+
+
+def test_it_answers_drains_and_ends_with_0(config: Path) -> None:
+    slow = ("--set", "teacher.model=toy_service_models:SlowNet", "--set", "service.drain_seconds=1")
+    with started(config, "--name", "mine", *slow, key="some-key") as (process, url):
+        assert url.endswith("/mine")
+        answers: list[Prediction] = []
+        with TeacherClient(url, "some-key") as client:
+            assert client.card().name == "mine"
+            # Four batches of half a second: they outlive the second in which the door is still open.
+            asking = threading.Thread(target=lambda: answers.append(client.predict(views(32))))
+            asking.start()
+            time.sleep(0.3)
+            process.send_signal(signal.SIGTERM)
+            statuses = [ready(url) for _ in range(3) if time.sleep(0.1) is None]
+            asking.join()
+        code, errors = ended(process)
+    assert statuses[-1] == 503
+    assert answers[0].values is not None
+    assert answers[0].values.shape == (32, 7)
+    assert (code, errors) == (0, "")
+
+
+def test_the_served_key_is_required(config: Path) -> None:
+    with started(config, "--set", "service.max_images=8", key="some-key") as (process, url):
+        base = url.rpartition("/")[0]
+        assert httpx.get(f"{base}/v1/teachers").status_code == 401
+        answer = httpx.get(f"{base}/v1/teachers", headers={"Authorization": "Bearer some-key"}).json()
+        assert answer["teachers"][0]["limits"]["images"] == 8
+        process.send_signal(signal.SIGINT)
+        assert ended(process)[0] == 0
+
+
+def test_answers_are_not_held_back_by_nagle() -> None:
+    with _bind(Settings(port=0)) as listener:
+        assert listener.proto == socket.IPPROTO_TCP  # asyncio sets TCP_NODELAY on such sockets only
+
+
+def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Runs the entry point here; it must end with 2 and one line, which is returned."""
+    monkeypatch.setattr(sys, "argv", ["teacher-serve", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith("error: ")
+    assert shown.err.count("\n") == 1
+    return shown.err
+
+
+def test_a_port_in_use_is_said_at_once(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("services.__main__.open_served", None)  # Not reached: loading may take a minute.
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        line = refused(monkeypatch, capsys, str(config), "--port", str(port))
+    assert line.startswith(f"error: --port: must be free on this machine (found: {port}). ")
+    assert "--port 0" in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--host", "0.0.0.0"], "host: needs an api_key"),
+        (["--host", "192.0.2.1"], "host: needs an api_key"),
+        (["--set", "service.max_imgaes=3"], "Did you mean `max_images`?"),
+        (["--set", "service.max_images=4", "--port", "0"], "max_images: must allow a whole micro-batch"),
+        (["--set", "service.max_images"], "--set: must be KEY=VALUE"),
+        (["--set", "service.port=9"], "--set"),
+        (["--set", "teacher.micro_batch=0"], "teacher.micro_batch"),
+        (["--name", "no/slash"], "teacher.name"),
+        (["--port", "65536"], "port"),
+    ],
+)
+def test_wrong_requests_end_with_2_and_one_line(
+    config: Path,
+    arguments: list[str],
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.delenv("TEACHER_API_KEY", raising=False)
+    assert words in refused(monkeypatch, capsys, str(config), *arguments)
+
+
+def test_an_address_of_another_machine_is_explained(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TEACHER_API_KEY", "some-key")
+    line = refused(monkeypatch, capsys, str(config), "--host", "192.0.2.1", "--port", "0")
+    assert "--host: cannot be bound" in line
+
+
+def test_a_missing_file_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "none.yaml" in refused(monkeypatch, capsys, "none.yaml")
