@@ -35,6 +35,7 @@ class HttpTeacher:
         _require_normalize(normalize, card)
         self.fields = tuple(spec.fields)
         self.fingerprint = card.digest
+        self.device, self.threads = card.numerics.device, card.numerics.threads
 
     def __call__(self, views_BCHW: Tensor) -> dict[str, Tensor]:
         """uint8 [B, C, H, W] to float32 fields on the CPU, asked for in one request."""

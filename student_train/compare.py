@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -13,7 +14,6 @@ from scipy.stats import t as student_t
 
 from student_train.recipes import CompareSpec
 from student_train.run import open_data, train_one
-from teacher_cache.fingerprint import canonical_json
 from teacher_cache.storage import write_atomic
 
 Progress = Callable[[str, int, dict[str, float]], None]
@@ -83,7 +83,7 @@ def compare(spec: CompareSpec, progress: Progress | None = None) -> Comparison:
     first = next(iter(spec.arms))
     differences = tuple(difference(arm, accuracy[arm], first, accuracy[first]) for arm in spec.arms if arm != first)
     comparison = Comparison(accuracy, history, differences, spec)
-    write_atomic(Path(spec.run), "result.json", canonical_json(comparison.to_json()))
+    write_atomic(Path(spec.run), "result.json", json.dumps(comparison.to_json(), allow_nan=False).encode())
     return comparison
 
 

@@ -149,8 +149,8 @@ def _identity(opened: Opened, shapes: dict[str, tuple[int, ...]]) -> Identity:
             1,
             {
                 "micro_batch": spec.teacher.micro_batch,
-                "threads": spec.compute.threads,
-                "device": resolve_device(spec.compute.device),
+                "threads": opened.teacher.threads or spec.compute.threads,
+                "device": opened.teacher.device,
                 "fidelity": spec.fidelity.model_dump(mode="json"),
             },
         ),

@@ -17,9 +17,7 @@ settings.register_profile(
 )
 settings.load_profile("laws")
 # Workers and subprocesses must find `toy_models` too.
-os.environ["PYTHONPATH"] = os.pathsep.join(
-    filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-)
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]))
 
 
 @pytest.fixture(scope="session", autouse=True)

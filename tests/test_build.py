@@ -116,12 +116,16 @@ class TestContents:
     def test_accuracy_is_over_the_labels(self, arrays: Path, tmp_path: Path) -> None:
         """A teacher that is right is at 100 %, and nothing is warned of; one at chance is."""
         views = {"recipe": [], "count": 1}
-        right = serial(toy_spec(tmp_path / "a", arrays, views=views, teacher__model="toy_models:Bands",
-                                teacher__fields=["logits"]))
+        right = serial(
+            toy_spec(tmp_path / "a", arrays, views=views, teacher__model="toy_models:Bands", teacher__fields=["logits"])
+        )
         assert right.teacher_accuracy == 1
         assert right.warnings == ()
-        chance = serial(toy_spec(tmp_path / "b", arrays, views=views, teacher__model="toy_models:Constant",
-                                 teacher__fields=["logits"]))
+        chance = serial(
+            toy_spec(
+                tmp_path / "b", arrays, views=views, teacher__model="toy_models:Constant", teacher__fields=["logits"]
+            )
+        )
         assert chance.teacher_accuracy == 0
         assert "near chance" in chance.warnings[0]
         assert "teacher.normalize" in chance.warnings[0]
@@ -177,9 +181,7 @@ class TestResume:
         assert tree(tmp_path / "killed") == tree(tmp_path / "whole")
 
     @STORES
-    def test_every_crash_point(
-        self, store: str, arrays: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_every_crash_point(self, store: str, arrays: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Dies before each single change of the file system in turn, then goes on: always the same tree."""
         changes: dict[str, Any] = {
             "source": {**numpy_source(arrays), "take": {"count": 9}},
@@ -297,8 +299,7 @@ class TestMismatch:
             ("teacher", {"teacher__normalize": {"mean": [0.0], "std": [1.0]}}),
             ("teacher", {"teacher__precision": "bf16"}),
             ("teacher", {"teacher__class_names": [f"class {number}" for number in range(10)]}),
-            ("encoding", {"teacher__fields": {"logits": {"encoding": "dense_f16"},
-                                              "feature:stem": {"pool": "mean"}}}),
+            ("encoding", {"teacher__fields": {"logits": {"encoding": "dense_f16"}, "feature:stem": {"pool": "mean"}}}),
             ("store", {"store__kind": "parquet"}),
             ("store", {"store__shard_rows": 16}),
             ("numerics", {"teacher__micro_batch": 8}),
@@ -307,9 +308,7 @@ class TestMismatch:
         ],
     )
     @pytest.mark.parametrize("state", ["sealed", "building"])
-    def test_is_refused(
-        self, field: str, changes: dict[str, Any], state: str, arrays: Path, tmp_path: Path
-    ) -> None:
+    def test_is_refused(self, field: str, changes: dict[str, Any], state: str, arrays: Path, tmp_path: Path) -> None:
         spec = toy_spec(tmp_path / "cache", arrays)
         if state == "sealed":
             serial(spec)

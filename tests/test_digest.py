@@ -58,9 +58,7 @@ def test_padding_is_not_pixels(batch: int, shape: tuple[int, int, int], more: in
 
 
 @given(seed=SEEDS, batch=st.integers(1, 7), shape=SHAPES)
-def test_it_does_not_depend_on_the_batch_or_on_strides(
-    seed: int, batch: int, shape: tuple[int, int, int]
-) -> None:
+def test_it_does_not_depend_on_the_batch_or_on_strides(seed: int, batch: int, shape: tuple[int, int, int]) -> None:
     """One at a time, together, channels-last and as a window into a larger tensor: the same digests."""
     views = images(seed, batch, shape)
     together = pixel_digests(views)

@@ -42,9 +42,7 @@ def poisoned(tmp_path: Path, model: str, name: str = "cache", **changes: Any) ->
 
 
 @pytest.mark.parametrize("store", ["zarr", "parquet"])
-def test_it_writes_what_the_serial_loop_writes(
-    store: str, cluster: None, arrays: Path, tmp_path: Path
-) -> None:
+def test_it_writes_what_the_serial_loop_writes(store: str, cluster: None, arrays: Path, tmp_path: Path) -> None:
     """Two workers, eight shards, any order: the trees are equal, byte for byte, and so are the figures."""
     described = {"kind": store, "shard_rows": 8, "chunk_rows": 4}
     told: list[tuple[int, int, int]] = []

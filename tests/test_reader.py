@@ -109,9 +109,7 @@ def test_a_copy_in_another_process_is_a_cache(built: Path) -> None:
     assert len(data) < 2000
     again = pickle.loads(data)
     assert isinstance(again, Cache)
-    assert torch.equal(
-        again.read("logits", 1, [3]).dense().values, cache.read("logits", 1, [3]).dense().values
-    )
+    assert torch.equal(again.read("logits", 1, [3]).dense().values, cache.read("logits", 1, [3]).dense().values)
 
 
 def test_many_shards_do_not_stay_open(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:

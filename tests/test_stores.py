@@ -290,9 +290,7 @@ class TestFiles:
         assert (tmp_path / "a/b/c.bin").read_bytes() == b"two"
         assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["c.bin"]
 
-    def test_it_is_on_the_disk_before_it_is_visible(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_it_is_on_the_disk_before_it_is_visible(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """The file is synced, then renamed, then its folder is synced."""
         done: list[str] = []
         real = Path.replace

@@ -312,9 +312,7 @@ class TestExported:
         teacher = loaded(str(program), micro_batch=4)
         assert torch.allclose(teacher(views(4))["logits"], loaded()(views(4))["logits"], atol=1e-6)
 
-    def test_a_copy_has_the_same_fingerprint_and_another_program_has_not(
-        self, program: Path, tmp_path: Path
-    ) -> None:
+    def test_a_copy_has_the_same_fingerprint_and_another_program_has_not(self, program: Path, tmp_path: Path) -> None:
         (tmp_path / "copy.pt2").write_bytes(program.read_bytes())
         first = loaded(str(program)).fingerprint
         assert loaded(str(tmp_path / "copy.pt2")).fingerprint == first

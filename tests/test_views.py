@@ -101,9 +101,7 @@ class TestIdentity:
             tuple(row)
             for seed in (7, 8)
             for view in range(5)
-            for row in recipe_of({"random_resized_crop": {"size": 8}}, seed=seed)
-            .resolve(DIGESTS, size, view)
-            .tolist()
+            for row in recipe_of({"random_resized_crop": {"size": 8}}, seed=seed).resolve(DIGESTS, size, view).tolist()
         }
         assert len(drawn) == 90
 
@@ -209,9 +207,7 @@ class TestPixels:
         mode=st.sampled_from(["nearest", "bilinear", "bicubic"]),
         antialias=st.booleans(),
     )
-    def test_resize(
-        self, seed: int, height: int, width: int, size: Any, mode: str, antialias: bool
-    ) -> None:
+    def test_resize(self, seed: int, height: int, width: int, size: Any, mode: str, antialias: bool) -> None:
         (image,) = images_of(1, height, width, seed=seed)
         step = {"resize": {"size": size, "interpolation": mode, "antialias": antialias}}
         views = render_views(recipe_of(step, count=1), [image], DIGESTS[:1], 0)

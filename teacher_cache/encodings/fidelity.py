@@ -58,9 +58,7 @@ def total(measured: Iterable[Mapping[str, float]]) -> dict[str, float]:
     sums: dict[str, float] = {}
     for shard in measured:
         for name, value in shard.items():
-            sums[name] = (
-                max(sums.get(name, 0.0), value) if name == "mass_error" else sums.get(name, 0.0) + value
-            )
+            sums[name] = max(sums.get(name, 0.0), value) if name == "mass_error" else sums.get(name, 0.0) + value
     rows = sums.pop("rows", 0.0)
     if not rows:
         return {"rows": 0.0}

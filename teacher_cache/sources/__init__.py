@@ -72,6 +72,4 @@ def _check_labels(source: Source) -> None:
         return
     if int(labels.max()) >= len(names) or int(labels.min()) < 0:
         rule = f"labels must be in 0..{len(names) - 1}, one for each class name"
-        raise SourceError(
-            "source", rule, f"{int(labels.min())}..{int(labels.max())}", "Check the class names."
-        )
+        raise SourceError("source", rule, f"{int(labels.min())}..{int(labels.max())}", "Check the class names.")

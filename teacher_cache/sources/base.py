@@ -15,6 +15,17 @@ from torch import Tensor
 from teacher_cache.fingerprint import content_digest, fingerprint
 
 
+# What Pillow raises over damaged files; found by fuzzing, `NotImplementedError` for odd DDS headers.
+_UNDECODABLE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    NotImplementedError,
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
+)
+
+
 class BrokenSample(Exception):  # noqa: N818 - not an error of the product: it becomes a tombstone
     """A sample's bytes cannot be decoded; the reason is kept with its row."""
 
@@ -84,7 +95,7 @@ def decode_image(data: bytes) -> Item:
             if image.mode.startswith(("I", "F")):
                 raise BrokenSample(f"{image.format} image of mode {image.mode}: more than 8 bits a channel")
             array = np.asarray(image if image.mode == "L" else image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except _UNDECODABLE as error:
         raise BrokenSample(f"cannot be decoded: {error}") from None
     return Item(to_chw(array), content_digest(data))
 

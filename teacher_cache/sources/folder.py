@@ -45,9 +45,7 @@ class Folder:
             data = self._files[index].read_bytes()
         except FileNotFoundError as error:
             hint = "Put it back, or begin a new cache."
-            raise SourceError(
-                self.keys[index], "was there when the source was opened", error, hint
-            ) from error
+            raise SourceError(self.keys[index], "was there when the source was opened", error, hint) from error
         except OSError as error:
             raise BrokenSample(f"cannot be read: {error}") from error
         return decode_image(data)

@@ -19,9 +19,7 @@ class NumpyArrays:
         self._images = _load("source.images", images, mmap=True)
         if self._images.dtype != np.uint8 or self._images.ndim not in (3, 4):
             found = f"{self._images.dtype} {self._images.shape}"
-            raise SourceError(
-                "source.images", "must be uint8 [N, H, W] or [N, H, W, C]", found, "Convert them."
-            )
+            raise SourceError("source.images", "must be uint8 [N, H, W] or [N, H, W, C]", found, "Convert them.")
         self.labels: NDArray[np.int64] | None = None
         if labels is not None:
             given = _load("source.labels", labels, mmap=False)
@@ -30,9 +28,7 @@ class NumpyArrays:
             self.labels = given.astype(np.int64)
             if self.labels.shape != (len(self._images),):
                 rule = f"needs one label for each of {len(self._images)} images"
-                raise SourceError(
-                    "source.labels", rule, self.labels.shape, "Check the files belong together."
-                )
+                raise SourceError("source.labels", rule, self.labels.shape, "Check the files belong together.")
         self.keys = [f"{Path(images).stem}/{index}" for index in range(len(self._images))]
         self.class_names = class_names
         self.sizes: NDArray[np.int64] = np.full(

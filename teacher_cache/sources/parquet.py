@@ -57,9 +57,7 @@ def _read(path: str) -> pa.Table:
     try:
         table = pq.read_table(path)
     except (OSError, pa.ArrowInvalid) as error:
-        raise SourceError(
-            "source.path", "must be a readable Parquet file", path, f"Check it: {error}"
-        ) from error
+        raise SourceError("source.path", "must be a readable Parquet file", path, f"Check it: {error}") from error
     kind = table.schema.field("image").type if "image" in table.column_names else None
     if kind is None or not pa.types.is_struct(kind) or {field.name for field in kind} != {"bytes", "path"}:
         hint = "Write images as {bytes: binary, path: string}."

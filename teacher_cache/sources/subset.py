@@ -17,9 +17,7 @@ class Subset:
 
     def __init__(self, source: Source, take: TakeSpec) -> None:
         if take.count > len(source):
-            raise SourceError(
-                "source.take.count", f"must be at most {len(source)}", take.count, "Take fewer."
-            )
+            raise SourceError("source.take.count", f"must be at most {len(source)}", take.count, "Take fewer.")
         # An address that no view has (view numbers stay below 2³² − 1): with one seed for both, samples chosen
         # for their small words would all be cropped at the top in view 0.
         words = view_words(key_digests(source.keys), 2**32 - 1, 0, 1, take.seed)

@@ -22,9 +22,7 @@ class TorchvisionDataset:
     def __init__(self, dataset: str, arguments: dict[str, Any]) -> None:
         kind = getattr(torchvision.datasets, dataset, None)
         if kind is None:
-            raise SourceError(
-                "source.dataset", "is not in torchvision.datasets", dataset, "Check its spelling."
-            )
+            raise SourceError("source.dataset", "is not in torchvision.datasets", dataset, "Check its spelling.")
         try:
             self._data = kind(**arguments)
         except (RuntimeError, TypeError, OSError, ValueError) as error:
@@ -52,9 +50,7 @@ class TorchvisionDataset:
         array = np.asarray(image)
         if array.dtype != np.uint8 or array.ndim not in (2, 3):
             hint = "Do not pass a `transform` that makes tensors."
-            raise SourceError(
-                "source.dataset", "must give uint8 images", f"{array.dtype} {array.shape}", hint
-            )
+            raise SourceError("source.dataset", "must give uint8 images", f"{array.dtype} {array.shape}", hint)
         return array_item(array)
 
 

@@ -61,9 +61,7 @@ class Store(Protocol):
     def pack(self, group: Group, shard: int, columns: Columns) -> list[tuple[FileRecord, bytes]]:
         """The arrays [rows, ...] of one shard of one group to files."""
 
-    def open_shard(
-        self, root: Path, group: Group, shard: int, records: Mapping[str, FileRecord]
-    ) -> ShardReader:
+    def open_shard(self, root: Path, group: Group, shard: int, records: Mapping[str, FileRecord]) -> ShardReader:
         """Opens what `pack` made; `records` maps paths to what the receipt says of them."""
 
 

@@ -59,9 +59,7 @@ class ParquetStore:
         data = sink.getvalue().to_pybytes()
         return [(FileRecord(path, len(data), crc32c(data), ""), data)]
 
-    def open_shard(
-        self, root: Path, group: Group, shard: int, records: Mapping[str, FileRecord]
-    ) -> LoadedShard:
+    def open_shard(self, root: Path, group: Group, shard: int, records: Mapping[str, FileRecord]) -> LoadedShard:
         """Reads the file whole when its rows are first asked for."""
         return LoadedShard(root, group, records[shard_path(group, shard)])
 
@@ -112,7 +110,5 @@ class LoadedShard:
 
 def _values(part: Part, column: pa.Array) -> NDArray[Any]:
     array = column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
-    flat = np.frombuffer(
-        array.buffers()[1], np.uint8, len(array) * part.row_bytes, array.offset * part.row_bytes
-    )
+    flat = np.frombuffer(array.buffers()[1], np.uint8, len(array) * part.row_bytes, array.offset * part.row_bytes)
     return flat.view(part.dtype).reshape(len(array), *part.shape)

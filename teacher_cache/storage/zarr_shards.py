@@ -42,9 +42,7 @@ class ZarrStore:
         files: dict[str, Buffer] = {}
         memory = MemoryStore(files)
         folders = {
-            "/".join(group.path.split("/")[:depth])
-            for group in groups
-            for depth in range(group.path.count("/") + 2)
+            "/".join(group.path.split("/")[:depth]) for group in groups for depth in range(group.path.count("/") + 2)
         }
         for folder in sorted(folders):
             zarr.create_group(memory, path=folder)
@@ -81,9 +79,7 @@ class ZarrStore:
         """One file for each part; a ragged last shard is padded with the fill value, as Zarr asks."""
         return [self._pack_part(group, part, shard, columns[part.name]) for part in group.parts]
 
-    def _pack_part(
-        self, group: Group, part: Part, shard: int, values: NDArray[Any]
-    ) -> tuple[FileRecord, bytes]:
+    def _pack_part(self, group: Group, part: Part, shard: int, values: NDArray[Any]) -> tuple[FileRecord, bytes]:
         layout = _layout(part.dtype, part.shape, self.grid)
         padded = np.full((self.grid.shard_rows, *part.shape), part.fill, part.dtype)
         padded[: len(values)] = values
@@ -94,9 +90,7 @@ class ZarrStore:
         path = shard_path(group, part, shard)
         return FileRecord(path, len(data), crc32c(data), _root(path, crcs)), data
 
-    def open_shard(
-        self, root: Path, group: Group, shard: int, records: Mapping[str, FileRecord]
-    ) -> MappedShard:
+    def open_shard(self, root: Path, group: Group, shard: int, records: Mapping[str, FileRecord]) -> MappedShard:
         """Maps the shard's files when their rows are first asked for."""
         return MappedShard(root, group, shard, self.grid, records)
 
@@ -138,9 +132,7 @@ def _root(path: str, crcs: NDArray[np.uint32]) -> str:
 class MappedShard:
     """Rows of one shard through memory maps; each chunk is verified when it is first touched."""
 
-    def __init__(
-        self, root: Path, group: Group, shard: int, grid: Grid, records: Mapping[str, FileRecord]
-    ) -> None:
+    def __init__(self, root: Path, group: Group, shard: int, grid: Grid, records: Mapping[str, FileRecord]) -> None:
         self._root, self._group, self._shard, self._grid, self._records = root, group, shard, grid, records
         self._parts = {part.name: part for part in group.parts}
         self._maps: dict[str, tuple[NDArray[Any], NDArray[np.uint8], NDArray[np.bool_]]] = {}

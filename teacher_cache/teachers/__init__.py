@@ -25,9 +25,7 @@ def resolve_device(device: str) -> str:
     """`auto` to `cuda` where there is a GPU, else `cpu`; `cuda` without one is refused."""
     available = torch.cuda.is_available()
     if device == "cuda" and not available:
-        raise TeacherError(
-            "compute.device", "needs a GPU that torch can use", device, "Set it to auto or cpu."
-        )
+        raise TeacherError("compute.device", "needs a GPU that torch can use", device, "Set it to auto or cpu.")
     return ("cuda" if available else "cpu") if device == "auto" else device
 
 
@@ -44,7 +42,7 @@ def load_teacher(spec: TeacherSpec, normalize: NormalizeSpec | None, device: str
     """
     scheme = spec.model.split("://")[0] if "://" in spec.model else None
     if scheme is not None:
-        return _plugged_in(scheme, spec)
+        return _plugged_in(scheme, spec, normalize)
     module, identity = _load_module(spec)
     return TorchTeacher(
         module,
@@ -57,10 +55,10 @@ def load_teacher(spec: TeacherSpec, normalize: NormalizeSpec | None, device: str
     )
 
 
-def _plugged_in(scheme: str, spec: TeacherSpec) -> Teacher:
+def _plugged_in(scheme: str, spec: TeacherSpec, normalize: NormalizeSpec | None) -> Teacher:
     """A teacher behind a URL: whichever installed package serves that scheme (entry points)."""
     for entry in entry_points(group="teacher_cache.teachers", name=scheme):
-        teacher: Teacher = entry.load()(spec)
+        teacher: Teacher = entry.load()(spec, normalize)
         return teacher
     hint = "Install the package that provides it."
     raise TeacherError("teacher.model", f"no installed package opens {scheme}://", spec.model, hint)

@@ -6,8 +6,6 @@ from typing import Protocol
 
 from torch import Tensor
 
-from teacher_cache.spec import NormalizeSpec
-
 
 class Teacher(Protocol):
     """Step 3: a frozen model, uint8 views to named fields.
@@ -24,8 +22,14 @@ class Teacher(Protocol):
     def fields(self) -> tuple[str, ...]:
         """The names that `__call__` returns."""
 
+    @property
+    def device(self) -> str:
+        """`cpu` or `cuda`, wherever it runs: the last bit of a logit may depend on it."""
+
+    @property
+    def threads(self) -> int | None:
+        """Threads of the machine that it runs on; None where it runs here, on the build's own."""
+
     def __call__(self, views_BCHW: Tensor) -> dict[str, Tensor]:
         """uint8 [B, C, H, W] views to float32 [B, ...] values of each field, on the teacher's device."""
 
-
-__all__ = ["NormalizeSpec", "Teacher"]

@@ -64,6 +64,16 @@ class TorchTeacher:
         )
 
     @property
+    def device(self) -> str:
+        """`cpu` or `cuda`."""
+        return self._device.type
+
+    @property
+    def threads(self) -> None:
+        """It runs here."""
+        return None
+
+    @property
     def fields(self) -> tuple[str, ...]:
         """The names of the fields, in the configuration's order."""
         return tuple(self._fields)
@@ -79,9 +89,7 @@ class TorchTeacher:
         def keep(_module: nn.Module, _inputs: object, output: object) -> None:
             if not isinstance(output, Tensor):
                 rule = "must be a node whose output is one tensor"
-                raise TeacherError(
-                    f"teacher.fields.{name}", rule, type(output).__name__, "Choose another node."
-                )
+                raise TeacherError(f"teacher.fields.{name}", rule, type(output).__name__, "Choose another node.")
             # A copy: an in-place ReLU that follows would overwrite the tapped tensor.
             self._tapped[name] = output.detach().clone()
 
@@ -90,9 +98,7 @@ class TorchTeacher:
     @torch.inference_mode()
     def __call__(self, views_BCHW: Tensor) -> dict[str, Tensor]:
         """uint8 views to float32 fields. Copies to and from the device are the only transfers."""
-        inputs = normalize(views_BCHW.to(self._device), self._normalize).contiguous(
-            memory_format=self._format
-        )
+        inputs = normalize(views_BCHW.to(self._device), self._normalize).contiguous(memory_format=self._format)
         autocast = self._precision in _AUTOCAST
         dtype = _AUTOCAST.get(self._precision, torch.bfloat16)
         with torch.autocast(self._device.type, dtype=dtype, enabled=autocast):

@@ -31,9 +31,7 @@ def read_state_dict(path: str) -> dict[str, Tensor]:
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         raise TeacherError("teacher.weights", f"cannot be read: {error}", path, hint) from error
     if not isinstance(loaded, Mapping) or not all(isinstance(value, Tensor) for value in loaded.values()):
-        raise TeacherError(
-            "teacher.weights", "must hold a state dict of tensors", type(loaded).__name__, hint
-        )
+        raise TeacherError("teacher.weights", "must hold a state dict of tensors", type(loaded).__name__, hint)
     return dict(loaded)
 
 

@@ -65,9 +65,7 @@ def open_recipe(spec: ViewSpec) -> Recipe:
         return SeededGlobal(spec.callable, spec.seed)
     recipe = parse_recipe(spec.recipe or (), spec.seed)
     if spec.count > 1 and not recipe.random:
-        raise SpecError(
-            "views.count", "must be 1 when nothing in the recipe is random", spec.count, "Set it to 1."
-        )
+        raise SpecError("views.count", "must be 1 when nothing in the recipe is random", spec.count, "Set it to 1.")
     return recipe
 
 
@@ -106,7 +104,5 @@ def normalize(views_BCHW: Tensor, spec: NormalizeSpec | None) -> Tensor:
     if len(spec.mean) not in (1, views_BCHW.shape[1]):
         rule = f"needs one value for each of {views_BCHW.shape[1]} channels"
         raise SpecError("normalize.mean", rule, spec.mean, "Give as many values as the images have channels.")
-    mean, std = (
-        torch.tensor(values, device=scaled.device).view(1, -1, 1, 1) for values in (spec.mean, spec.std)
-    )
+    mean, std = (torch.tensor(values, device=scaled.device).view(1, -1, 1, 1) for values in (spec.mean, spec.std))
     return (scaled - mean) / std

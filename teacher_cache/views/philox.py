@@ -41,9 +41,7 @@ def philox4x32(counter_B4: NDArray[np.uint32], key: tuple[int, int]) -> NDArray[
     return np.stack([c0, c1, c2, c3], axis=1).astype(np.uint32)
 
 
-def view_words(
-    digests_B: NDArray[np.uint64], view: int, operation: int, blocks: int, seed: int
-) -> NDArray[np.uint32]:
+def view_words(digests_B: NDArray[np.uint64], view: int, operation: int, blocks: int, seed: int) -> NDArray[np.uint32]:
     """The random words of one operation of one view, for many samples at once.
 
     The counter is (sample digest low, high, view, operation · 2¹⁶ + block); the key is the recipe's seed.

@@ -115,9 +115,7 @@ def parse_recipe(steps: Iterable[Mapping[str, Mapping[str, Any]]], seed: int) ->
     for place, step in enumerate(steps):
         where = f"views.recipe.{place}"
         if len(step) != 1:
-            raise SpecError(
-                where, "must be one {name: parameters}", dict(step), "Write one operation a step."
-            )
+            raise SpecError(where, "must be one {name: parameters}", dict(step), "Write one operation a step.")
         ((name, arguments),) = step.items()
         if normalize is not None:
             raise SpecError(where, "nothing may follow `normalize`", name, "Move `normalize` to the end.")
