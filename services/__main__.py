@@ -7,11 +7,10 @@ import json
 import os
 import signal
 import socket
-import sys
 import threading
 from pathlib import Path
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 import uvicorn
@@ -22,7 +21,8 @@ from services.settings import Settings
 from services.state import Service
 from services.teachers import open_served
 from services.transport import KEY_VARIABLE
-from teacher_cache.errors import SpecError, TeacherCacheError
+from teacher_cache import console
+from teacher_cache.errors import SpecError
 from teacher_cache.spec import load_spec, parse
 
 _SERVICE = "service."
@@ -65,16 +65,9 @@ def serve(
     name: Annotated[str | None, typer.Option(help="Last part of the URL; default: teacher.name.")] = None,
 ) -> None:
     """Serves a teacher's answers over HTTP, without its weights. The key is read from TEACHER_API_KEY."""
-    try:
-        _serve(config, overrides or [], host, port, name)
-    except TeacherCacheError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(error.exit_code) from None
-
-
-def _serve(config: Path, overrides: list[str], host: str, port: int, name: str | None) -> None:
-    settings = _settings(overrides, host, port)
-    ours = [item for item in overrides if not item.startswith(_SERVICE)]
+    given = overrides or []
+    settings = _settings(given, host, port)
+    ours = [item for item in given if not item.startswith(_SERVICE)]
     named = [] if name is None else [f"teacher.name={json.dumps(name)}"]
     spec = load_spec(config, [*ours, *named])
     with _bind(settings) as listener:
@@ -136,11 +129,12 @@ def _bind(settings: Settings) -> socket.socket:
     return listener
 
 
-def main() -> None:
+def main() -> NoReturn:
     """Entry point of `teacher-serve`."""
     command = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     command.command()(serve)
-    command()
+    console.sys_path_here()
+    console.run(command, "Nothing is lost: every answer that was begun was given.")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -11,18 +11,11 @@ from typing import Literal
 import torch
 
 from teacher_cache import samples as sample_table
-from teacher_cache.encodings import fidelity
 from teacher_cache.errors import SpecError
 from teacher_cache.fingerprint import bytes_digest
-from teacher_cache.manifest import (
-    Manifest,
-    Receipt,
-    TableRef,
-    Totals,
-    read_receipts,
-    write_manifest,
-)
+from teacher_cache.manifest import Manifest, TableRef, write_manifest
 from teacher_cache.plan import Opened, begin, open_parts
+from teacher_cache.receipts import Receipt, add_up, read_receipts
 from teacher_cache.shard_job import ShardId, open_job, run_shard
 from teacher_cache.spec import BuildSpec
 from teacher_cache.storage import remove_temporary, write_atomic
@@ -85,7 +78,7 @@ def build(spec: BuildSpec, executor: Executor = "ray", progress: Progress | None
         opened = open_parts(spec)
         manifest = begin(root, opened)
         if manifest.state == "sealed":
-            _clear_receipts(root)
+            _clear_superseded(root, manifest)
             _Counter(progress, manifest, manifest.rows * manifest.views)
             return _report(root, manifest, 0, 0, 0.0)
         missing, done = _missing(root, manifest)
@@ -175,8 +168,7 @@ def seal(root: Path, manifest: Manifest) -> Manifest:
             "shard": [receipt.shard for receipt, _ in records],
             "path": [record.path for _, record in records],
             "size": [record.size for _, record in records],
-            "crc32c": [record.crc32c for _, record in records],
-            "root": [record.root for _, record in records],
+            "digest": [record.digest for _, record in records],
         }
     )
     table = TableRef(path=f"receipts-{bytes_digest(data)[:12]}.parquet", digest=bytes_digest(data))
@@ -187,31 +179,20 @@ def seal(root: Path, manifest: Manifest) -> Manifest:
             "state": "sealed",
             "samples": samples,
             "receipts": table,
-            "totals": _totals(manifest, receipts),
+            "totals": add_up(manifest, receipts),
         }
     )
     write_manifest(root, sealed)
-    if samples.path != manifest.samples.path:
-        (root / manifest.samples.path).unlink(missing_ok=True)
-    _clear_receipts(root)
+    _clear_superseded(root, sealed)
     return sealed
 
 
-def _totals(manifest: Manifest, receipts: Iterable[Receipt]) -> Totals:
-    receipts = list(receipts)
-    return Totals(
-        bytes=sum(record.size for receipt in receipts for record in receipt.files),
-        tombstones=len({row for receipt in receipts for row, _ in receipt.tombstones}),
-        labelled=sum(receipt.labelled for receipt in receipts),
-        correct=sum(receipt.correct for receipt in receipts),
-        fidelity={
-            field: fidelity.total(r.fidelity[field] for r in receipts if field in r.fidelity)
-            for field in manifest.fields
-        },
-    )
-
-
-def _clear_receipts(root: Path) -> None:
+def _clear_superseded(root: Path, manifest: Manifest) -> None:
+    """Removes what a sealed manifest has taken the place of; a kill in the middle is made good by the next call."""
+    kept = {manifest.samples.path, manifest.receipts.path if manifest.receipts else ""}
+    for path in [*root.glob("samples-*.parquet"), *root.glob("receipts-*.parquet")]:
+        if path.name not in kept:
+            path.unlink()
     folder = root / "receipts"
     if folder.is_dir():
         for path in folder.glob("*.json"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,14 @@ import torch
 import torchvision
 
 from teacher_cache import samples as sample_table
+from teacher_cache.encodings import open_encoding
 from teacher_cache.errors import MismatchError, SourceError, SpecError, TeacherError
 from teacher_cache.fingerprint import fingerprint, key_digests
 from teacher_cache.manifest import MANIFEST, Identity, Manifest, TableRef, read_manifest, write_manifest
 from teacher_cache.sources import BrokenSample, Source, open_source, source_fingerprint
 from teacher_cache.spec import BuildSpec
-from teacher_cache.storage import TEMPORARY_SUFFIX, open_store, remove_temporary, write_atomic
+from teacher_cache.storage import open_store, remove_temporary, write_atomic
+from teacher_cache.storage.files import is_temporary
 from teacher_cache.teachers import Teacher, load_teacher, resolve_device
 from teacher_cache.views import Recipe, Views, open_recipe, render_views
 
@@ -80,6 +83,8 @@ def draft(opened: Opened) -> Manifest:
     _, channels, height, width = views.pixels_BCHW.shape
     shape = (channels, height, width)
     shapes = probe(opened, shape)
+    for name, field in spec.teacher.fields.items():
+        open_encoding(field.encoding, shapes[name], name)
     described = spec.model_dump(mode="json", exclude={"cache": True, "compute": {"workers", "attempts"}})
     return Manifest(
         state="building",
@@ -167,6 +172,10 @@ _HINTS = {
 }
 
 
+_BEGINNING = re.compile(r"samples-[0-9a-f]{12}\.parquet|data/(.*/)?zarr\.json")
+"""What `begin` writes before there is a manifest."""
+
+
 def _require_fresh(root: Path) -> None:
     """Nothing but what a `begin` that was killed may have left is tolerated, and that is removed.
 
@@ -175,8 +184,8 @@ def _require_fresh(root: Path) -> None:
     """
     files = [path for path in root.rglob("*") if path.is_file()] if root.is_dir() else []
     for path in files:
-        ours = path.name == "zarr.json" or (path.parent == root and path.match("samples-*.parquet"))
-        if not (ours or path.suffix == TEMPORARY_SUFFIX):
+        name = path.relative_to(root).as_posix()
+        if not (_BEGINNING.fullmatch(name) or is_temporary(path)):
             hint = "Name a new or an empty folder."
             raise SpecError("cache", f"is a folder without {MANIFEST} that holds other files", path, hint)
     for path in files:
@@ -193,6 +202,9 @@ def begin(root: Path, opened: Opened) -> Manifest:
     planned = draft(opened)
     if (root / MANIFEST).exists():
         found = read_manifest(root)
+        if planned.teacher != found.teacher:
+            hint = "Restore the name, or begin a new cache: it is part of every path."
+            raise MismatchError("teacher.name", f"must be {found.teacher}", planned.teacher, hint)
         for part, hint in _HINTS.items():
             ours, theirs = getattr(planned.identity, part), getattr(found.identity, part)
             if ours != theirs:

@@ -19,7 +19,8 @@ import torch
 from ray.exceptions import RayActorError, RayTaskError
 
 from teacher_cache.errors import BuildError, SpecError, TeacherCacheError
-from teacher_cache.manifest import Manifest, Receipt, receipt_path
+from teacher_cache.manifest import Manifest
+from teacher_cache.receipts import Receipt, receipt_path
 from teacher_cache.shard_job import Job, ShardId, open_job_from, run_shard
 from teacher_cache.spec import BuildSpec, ComputeSpec
 from teacher_cache.teachers import resolve_device

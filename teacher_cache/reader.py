@@ -22,7 +22,8 @@ from teacher_cache.errors import (
     ViewMismatch,
 )
 from teacher_cache.fingerprint import key_digests
-from teacher_cache.manifest import Manifest, read_manifest, read_receipts
+from teacher_cache.manifest import Manifest, Totals, read_manifest
+from teacher_cache.receipts import add_up, read_receipts
 from teacher_cache.samples import Samples, read_checked, read_samples, with_receipts
 from teacher_cache.sources import BrokenSample, Source, open_source, source_fingerprint
 from teacher_cache.spec import BuildSpec, SourceSpec, parse
@@ -54,6 +55,8 @@ class Cache:
         self._recipe: Recipe | None = None
         self.manifest: Manifest
         self.samples: Samples
+        self.totals: Totals
+        """What was met while building; of the shards that are committed, while a build runs."""
         self.files: dict[tuple[int, int], dict[str, FileRecord]]
         """What is committed: the files of each (view, shard), by path."""
         self._read_authority()
@@ -87,21 +90,24 @@ class Cache:
         samples = read_samples(self.path, self.manifest.samples)
         if self.manifest.receipts is None:
             receipts = read_receipts(self.path, self.manifest)
+            self.totals = add_up(self.manifest, receipts)
             self.samples = with_receipts(samples, self.manifest, receipts)
             for receipt in receipts:
                 files[receipt.view, receipt.shard] = {record.path: record for record in receipt.files}
             return files
-        self.samples = samples
+        assert self.manifest.totals is not None, "a sealed manifest has totals"
+        self.samples, self.totals = samples, self.manifest.totals
         table = read_table(read_checked(self.path, self.manifest.receipts))
-        columns = (table[name] for name in ("view", "shard", "path", "size", "crc32c", "root"))
-        for view, shard, path, size, crc, root in zip(*columns, strict=True):
-            files.setdefault((view, shard), {})[path] = FileRecord(path, size, crc, root)
+        columns = (table[name] for name in ("view", "shard", "path", "size", "digest"))
+        for view, shard, path, size, digest in zip(*columns, strict=True):
+            files.setdefault((view, shard), {})[path] = FileRecord(path, size, digest)
         return files
 
     @property
     def spec(self) -> BuildSpec:
-        """The spec that built it, with this cache's path."""
-        return parse(BuildSpec, {**self.manifest.spec, "cache": str(self.path)}, str(self.path))
+        """The spec that built it, with this cache's path and, where one was given, the source's new place."""
+        spec = parse(BuildSpec, {**self.manifest.spec, "cache": str(self.path)}, str(self.path))
+        return spec if self._source_spec is None else spec.model_copy(update={"source": self._source_spec})
 
     @property
     def views(self) -> int:
@@ -230,7 +236,7 @@ class Cache:
         """
         if self._source is None:
             spec: BuildSpec = self.spec
-            source = open_source(self._source_spec or spec.source)
+            source = open_source(spec.source)
             if source_fingerprint(source) != self.manifest.identity.source:
                 hint = "Restore the data set, or open the cache with source=… where it is."
                 raise MismatchError("source", "must be the one that the cache was built over", spec.source, hint)

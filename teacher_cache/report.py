@@ -10,9 +10,9 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from teacher_cache.encodings import Encoding, TopKLogits, fidelity, row_bytes
+from teacher_cache.encodings import Encoding, TopKLogits, row_bytes
 from teacher_cache.errors import MismatchError, RequestError
-from teacher_cache.manifest import Receipt, Totals, read_receipts
+from teacher_cache.manifest import Totals
 from teacher_cache.reader import Cache, open_cache
 from teacher_cache.report_comparison import Comparison, read_comparison
 from teacher_cache.report_gallery import MAX_PIXELS, GalleryRow, gallery
@@ -70,7 +70,7 @@ def _page(cache: Cache, comparison: Comparison | None) -> str:
     picks = pick(cache, SAMPLED_ROWS)
     soft = measure(cache, picks)
     shown, trouble = _gallery(cache, picks)
-    totals = _totals(cache)
+    totals = cache.totals
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["size"] = _size
     environment.filters["small"] = lambda value: format(value, ".3g")
@@ -115,25 +115,6 @@ def _progress(cache: Cache) -> tuple[int, int]:
     """(rows committed, rows planned), over all views."""
     spans = (cache.manifest.grid.span(shard) for _, shard in cache.files)
     return sum(stop - start for start, stop in spans), len(cache) * cache.views
-
-
-def _totals(cache: Cache) -> Totals:
-    """The sealed totals; while a build runs, those of the shards that this cache sees."""
-    if cache.manifest.totals is not None:
-        return cache.manifest.totals
-    receipts: list[Receipt] = [
-        receipt for receipt in read_receipts(cache.path, cache.manifest) if (receipt.view, receipt.shard) in cache.files
-    ]
-    return Totals(
-        bytes=sum(record.size for receipt in receipts for record in receipt.files),
-        tombstones=int((~cache.alive).sum()),
-        labelled=sum(receipt.labelled for receipt in receipts),
-        correct=sum(receipt.correct for receipt in receipts),
-        fidelity={
-            field: fidelity.total(receipt.fidelity[field] for receipt in receipts if field in receipt.fidelity)
-            for field in cache.fields
-        },
-    )
 
 
 def _identity(cache: Cache) -> list[tuple[str, str]]:

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from teacher_cache.errors import CorruptionError, TombstoneError
 from teacher_cache.fingerprint import bytes_digest
-from teacher_cache.manifest import Manifest, Receipt, TableRef
+from teacher_cache.manifest import Manifest, TableRef
+from teacher_cache.receipts import Receipt
 from teacher_cache.sources import Source
 from teacher_cache.storage import write_atomic
 from teacher_cache.storage.parquet_tables import read_table, table_bytes

@@ -19,8 +19,9 @@ from torch import Tensor
 from teacher_cache.encodings import Encoding
 from teacher_cache.encodings.fidelity import measure_feature, measure_logits
 from teacher_cache.errors import BuildError, NonFiniteError, SpecError, TeacherCacheError
-from teacher_cache.manifest import Manifest, Receipt, receipt_path
+from teacher_cache.manifest import Manifest
 from teacher_cache.plan import Opened, open_parts
+from teacher_cache.receipts import Receipt, receipt_path
 from teacher_cache.sources import BrokenSample
 from teacher_cache.spec import BuildSpec
 from teacher_cache.storage import Store, open_store, write_atomic
@@ -71,24 +72,33 @@ def run_shard(job: Job, place: ShardId) -> Receipt:
     return work.commit()
 
 
-def answer_again(job: Job, place: ShardId, row: int) -> tuple[list[int], dict[str, dict[str, NDArray[Any]]]]:
-    """Computes the micro-batch that holds a row as the build did, and writes nothing.
+@dataclass(frozen=True, eq=False)
+class Again:
+    """A micro-batch that was computed once more."""
 
-    Returns:
-        The row numbers, and for each field its stored parts for those rows.
-    """
+    rows: list[int]
+    """Those that could be decoded."""
+    broken: set[int]
+    """Those that could not."""
+    columns: dict[str, dict[str, NDArray[Any]]]
+    """For each field, its stored parts for `rows`."""
+
+
+def answer_again(job: Job, place: ShardId, row: int) -> Again:
+    """Computes the micro-batch that holds a row as the build did, and writes nothing."""
     work, size = _Shard(job, place), job.opened.spec.teacher.micro_batch
     start = work.start + (row - work.start) // size * size
     stop = min(start + size, work.stop)
     work.answer(start, stop)
-    dead = {tombstone for tombstone, _ in work.tombstones}
-    rows = [row for row in range(start, stop) if row not in dead]
-    local = np.array(rows) - work.start
+    broken = {tombstone for tombstone, _ in work.tombstones}
+    rows = [number for number in range(start, stop) if number not in broken]
+    local = np.array(rows, np.int64) - work.start
     groups = {field: job.manifest.field_group(field, place.view) for field in job.manifest.fields}
-    return rows, {
+    columns = {
         field: {name: values[local] for name, values in work.columns[group.path].items()}
         for field, group in groups.items()
     }
+    return Again(rows, broken, columns)
 
 
 def _micro_batches(start: int, stop: int, size: int) -> Iterator[tuple[int, int]]:

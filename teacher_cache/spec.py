@@ -262,7 +262,7 @@ def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
     """
     try:
         data = yaml.safe_load(Path(path).read_text())
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise SpecError(str(path), "must be a readable YAML file", error, "Check the path and its syntax.") from None
     if not isinstance(data, dict):
         raise SpecError(str(path), "must hold a mapping", type(data).__name__, "See examples/digits.yaml.")
@@ -270,7 +270,10 @@ def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
         key, sign, value = override.partition("=")
         if not sign:
             raise SpecError("--set", "must be KEY=VALUE", override, "For example --set store.kind=parquet.")
-        _assign(data, key.split("."), yaml.safe_load(value))
+        try:
+            _assign(data, key.split("."), yaml.safe_load(value))
+        except yaml.YAMLError as error:
+            raise SpecError("--set", "must be KEY=VALUE with a YAML value", override, str(error)) from None
     return data
 
 

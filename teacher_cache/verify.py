@@ -15,7 +15,7 @@ from teacher_cache.plan import open_parts
 from teacher_cache.reader import Cache
 from teacher_cache.shard_job import Job, ShardId, answer_again, open_job
 from teacher_cache.spec import SourceSpec
-from teacher_cache.storage import FileRecord, Store, crc32c, open_store
+from teacher_cache.storage import Store, open_store
 from teacher_cache.views.philox import below, view_words
 
 _REBUILD = "Remove the cache's folder and build again, or restore the file from a copy."
@@ -72,7 +72,7 @@ def verify(path: str | Path, recompute: int = 0, views: int = 0, source: SourceS
     manifest = cache.manifest
     store = open_store(manifest.store.kind, manifest.grid)
     metadata = store.metadata([group for view in range(manifest.views) for group in manifest.groups(view)])
-    problems = [*_missing_shards(cache, store), *_damaged(cache, metadata), *_strays(cache, metadata)]
+    problems = [*_missing_shards(cache, store), *_damaged(cache, store, metadata), *_strays(cache, metadata)]
     if not problems and views:
         problems += _views(cache, views)
     if not problems and recompute:
@@ -102,27 +102,15 @@ def _missing_shards(cache: Cache, store: Store) -> Iterator[Problem]:
                 yield Problem(f"view {view}, shard {shard}", "its receipt names other files", _REBUILD)
 
 
-def _damaged(cache: Cache, metadata: Mapping[str, bytes]) -> Iterator[Problem]:
-    for files in cache.files.values():
-        for record in files.values():
-            what = _check(cache.path / record.path, record)
-            if what:
-                yield Problem(record.path, what, _REBUILD)
+def _damaged(cache: Cache, store: Store, metadata: Mapping[str, bytes]) -> Iterator[Problem]:
+    for (view, shard), files in cache.files.items():
+        for group in cache.manifest.groups(view):
+            if files.keys() >= set(store.paths(group, shard)):
+                yield from map(_problem, store.damage(cache.path, group, shard, files))
     for name, data in metadata.items():
         path = cache.path / name
         if not path.is_file() or path.read_bytes() != data:
             yield Problem(name, "is missing or altered", _REBUILD)
-
-
-def _check(path: Path, record: FileRecord) -> str | None:
-    if not path.is_file():
-        return "is missing"
-    data = path.read_bytes()
-    if len(data) != record.size:
-        return f"has {len(data)} bytes instead of {record.size}"
-    if crc32c(data) != record.crc32c:
-        return f"has crc32c {crc32c(data):08x} instead of {record.crc32c:08x}: altered, or another shard's"
-    return None
 
 
 def _strays(cache: Cache, metadata: Mapping[str, bytes]) -> Iterator[Problem]:
@@ -177,11 +165,14 @@ def _recompute_view(cache: Cache, job: Job, view: int, sampled: list[int]) -> It
     left = set(sampled)
     while left:
         row = min(left)
-        rows, again = answer_again(job, ShardId(view, row // cache.manifest.grid.shard_rows), row)
-        asked = [place for place, number in enumerate(rows) if number in left]
-        left -= set(rows)
-        for field, columns in again.items():
-            stored = cache.read(field, view, [rows[place] for place in asked]).dense().values.float()
+        again = answer_again(job, ShardId(view, row // cache.manifest.grid.shard_rows), row)
+        for broken in sorted(left & again.broken):
+            what = "could be decoded when the cache was built"
+            yield Problem(cache.samples.keys[broken], what, "Restore the data set.")
+        asked = [place for place, number in enumerate(again.rows) if number in left]
+        left -= {*again.rows, *again.broken}
+        for field, columns in again.columns.items() if asked else ():
+            stored = cache.read(field, view, [again.rows[place] for place in asked]).dense().values.float()
             fresh = job.encodings[field].decode({name: values[asked] for name, values in columns.items()})
             error = (stored - fresh.dense().values.float()).abs().max().item()
             # Other processors round otherwise: a few units in the last place of the stored type are no fault.

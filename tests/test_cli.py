@@ -150,7 +150,7 @@ def test_damage_ends_with_1_and_says_where(run: Run, config: Path, tmp_path: Pat
     ]
     code, out, _ = run("teacher-cache", "verify", tmp_path / "cache")
     assert "NOT SOUND" in out
-    assert "is missing" in out
+    assert "must be there" in out
 
 
 def test_a_folder_with_other_files_is_left_alone(run: Run, config: Path, tmp_path: Path) -> None:

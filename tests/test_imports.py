@@ -27,9 +27,10 @@ OWNERS = {
 """Which files, by the beginning of their path, may import a heavy package, at the top or inside a function."""
 
 LEVELS = [
-    {"errors", "imports", "fingerprint", "spec"},
+    {"errors", "imports", "fingerprint", "signed", "spec"},
     {"sources", "views", "teachers", "encodings", "storage"},
     {"manifest"},
+    {"receipts"},
     {"samples"},
     {"plan", "shard_job", "reader"},
     {"precompute", "build", "verify", "cost", "report"},

@@ -17,19 +17,12 @@ from toy_builds import toy_spec
 import teacher_cache as tc
 from teacher_cache.errors import CacheError, CacheNotFoundError, CorruptionError, FormatError
 from teacher_cache.fingerprint import bytes_digest, canonical_json, fingerprint
-from teacher_cache.manifest import (
-    MANIFEST,
-    Identity,
-    Receipt,
-    read_manifest,
-    read_receipts,
-    receipt_path,
-    write_manifest,
-)
+from teacher_cache.manifest import MANIFEST, Identity, read_manifest, write_manifest
+from teacher_cache.receipts import Receipt, read_receipts, receipt_path
 from teacher_cache.storage import FileRecord
 
 
-class Stop(Exception):
+class Stop(Exception):  # noqa: N818 - no error: a way out
     """Ends a build between two shards."""
 
 
@@ -140,7 +133,7 @@ def test_a_receipt_reads_back_and_any_flip_is_found(
         identity="i" * 32,
         view=view,
         shard=shard,
-        files=(FileRecord("data/a", 12, 34, "ab"),),
+        files=(FileRecord("data/a", 12, "ab"),),
         tombstones=((3, reason),),
         content=content,
         labelled=5,

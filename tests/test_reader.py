@@ -85,7 +85,7 @@ def test_rows_outside_the_plan(built: Path, rows: list[int]) -> None:
 @pytest.mark.parametrize("rows", [[0.5], np.array([1.0, 2.0]), np.ones(ROWS, np.bool_), ["3"]])
 def test_rows_that_are_no_row_numbers(built: Path, rows: Any) -> None:
     """A mask is not read as rows 0 and 1, nor 0.5 as row 0."""
-    with pytest.raises(TeacherCacheError, match="rows?:.*integers"):
+    with pytest.raises(TeacherCacheError, match=r"rows?:.*integers"):
         tc.open(built).read("logits", 0, rows)
 
 
@@ -123,6 +123,13 @@ def test_many_shards_do_not_stay_open(built: Path, monkeypatch: pytest.MonkeyPat
     assert len(cache._shards) == 2
 
 
+def _read_all(cache: Cache, view: int) -> None:
+    for field in cache.fields:
+        cache.read(field, view, range(ROWS))
+    cache.digests(view, range(ROWS))
+    cache.params(view, range(ROWS))
+
+
 def test_a_damaged_row_is_never_read(copied: Path) -> None:
     """A flip in any data file of a view: reading that view's rows raises, the other view is fine."""
     for path in sorted((copied / "data").rglob("*")):
@@ -131,13 +138,9 @@ def test_a_damaged_row_is_never_read(copied: Path) -> None:
         original = path.read_bytes()
         path.write_bytes(bytes([original[0] ^ 4]) + original[1:])
         cache = tc.open(copied)
-        rows = range(ROWS)
         with pytest.raises(CorruptionError):
-            for field in cache.fields:
-                cache.read(field, 1, rows)
-            cache.digests(1, rows)
-            cache.params(1, rows)
-        cache.read("logits", 0, rows)
+            _read_all(cache, 1)
+        _read_all(cache, 0)
         path.write_bytes(original)
 
 
@@ -159,7 +162,7 @@ class TestSource:
         self._change(folder, 5)
         cache = tc.open(path)
         cache.render(0, [4, 6])
-        with pytest.raises(MismatchError, match="images/5.*bytes that the teacher saw"):
+        with pytest.raises(MismatchError, match=r"images/5.*bytes that the teacher saw"):
             cache.render(0, [4, 5])
 
     def test_another_data_set(self, tmp_path: Path) -> None:

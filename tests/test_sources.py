@@ -175,8 +175,7 @@ class TestDecoding:
                 # Pillow warns of truncated TIFFs before it raises.
                 warnings.simplefilter("ignore")
                 item = decode_image(bytes(data))
-        except BrokenSample as broken:
-            assert str(broken)
+        except BrokenSample:
             return
         assert item.image_CHW.dtype == torch.uint8
         assert item.image_CHW.shape[0] in (1, 3)

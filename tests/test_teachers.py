@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from toy_models import SmallNet
 from torch import Tensor, nn
+from toy_models import SmallNet
 
 from teacher_cache.errors import SpecError, TeacherError
 from teacher_cache.spec import NormalizeSpec, TeacherSpec
@@ -198,7 +198,7 @@ class TestFields:
             loaded("toy_models:Recurrent", fields=["logits", "feature:rnn"])(views())
 
     def test_a_tuple_instead_of_logits(self) -> None:
-        with pytest.raises(TeacherError, match="one tensor.*tuple"):
+        with pytest.raises(TeacherError, match=r"one tensor.*tuple"):
             loaded("toy_models:AnswersTuple")(views())
 
     @pytest.mark.parametrize("field", ["logit", "feature:", "attention:x"])

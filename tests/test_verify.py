@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -80,7 +81,7 @@ def test_every_file_counts(copied: Path) -> None:
 def test_every_swap_is_found(copied: Path) -> None:
     """Two data files in each other's places: both are named."""
     files = data_files(copied)
-    for first, second in zip(files, files[1:], strict=False):
+    for first, second in itertools.pairwise(files):
         one, other = first.read_bytes(), second.read_bytes()
         if one == other:
             continue

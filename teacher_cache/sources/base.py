@@ -14,7 +14,6 @@ from torch import Tensor
 
 from teacher_cache.fingerprint import content_digest, fingerprint
 
-
 # What Pillow raises over damaged files; found by fuzzing, `NotImplementedError` for odd DDS headers.
 _UNDECODABLE = (
     OSError,

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Literal
 
 from teacher_cache.storage.base import Grid, Group, ShardReader, Store, field_path
-from teacher_cache.storage.files import TEMPORARY_SUFFIX, FileRecord, crc32c, remove_temporary, write_atomic
+from teacher_cache.storage.files import FileRecord, crc32c, remove_temporary, write_atomic
 
 __all__ = [
-    "TEMPORARY_SUFFIX",
     "FileRecord",
     "Grid",
     "Group",

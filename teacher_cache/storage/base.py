@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from teacher_cache.encodings import Columns, Part
+from teacher_cache.errors import CorruptionError
 from teacher_cache.storage.files import FileRecord
 
 
@@ -60,6 +61,11 @@ class Store(Protocol):
 
     def pack(self, group: Group, shard: int, columns: Columns) -> list[tuple[FileRecord, bytes]]:
         """The arrays [rows, ...] of one shard of one group to files."""
+
+    def damage(
+        self, root: Path, group: Group, shard: int, records: Mapping[str, FileRecord]
+    ) -> Iterator[CorruptionError]:
+        """Reads every byte of what `pack` made, and gives one error for each file that is not what it was."""
 
     def open_shard(self, root: Path, group: Group, shard: int, records: Mapping[str, FileRecord]) -> ShardReader:
         """Opens what `pack` made; `records` maps paths to what the receipt says of them."""

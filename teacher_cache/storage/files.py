@@ -13,8 +13,6 @@ import google_crc32c
 
 from teacher_cache.errors import BuildError
 
-TEMPORARY_SUFFIX = ".tmp"
-
 
 @dataclass(frozen=True)
 class FileRecord:
@@ -24,11 +22,10 @@ class FileRecord:
     """Below the cache's root, with forward slashes."""
     size: int
     """Bytes."""
-    crc32c: int
-    """Of all its bytes."""
-    root: str
-    """Zarr: digest of the path and of every chunk's checksum, so that a reader can trust a chunk without
-    reading the others. Parquet: empty, the file is read whole."""
+    digest: str
+    """Binds the content to the path. Zarr: of the path and of every chunk's checksum, so that a reader can trust
+    a chunk without reading the others. Parquet: of the path and of all bytes. Never a CRC-32C of a whole Zarr
+    shard: a CRC over data that ends with its own CRC is a constant."""
 
 
 def crc32c(data: bytes | memoryview) -> int:
@@ -43,7 +40,7 @@ def write_atomic(root: Path, relative: str, data: bytes) -> None:
         BuildError: the folder cannot be written (full, read-only, gone); nothing visible has changed.
     """
     final = root / relative
-    temporary = final.with_name(f"{final.name}.{uuid.uuid4().hex}{TEMPORARY_SUFFIX}")
+    temporary = final.with_name(f"{final.name}.{uuid.uuid4().hex}.tmp")
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("xb") as file:
@@ -81,7 +78,7 @@ def remove_temporary(root: Path) -> int:
 
     Only names that `write_atomic` makes: the folder may be someone's home, named by mistake.
     """
-    leftovers = [path for path in root.rglob(f"*{TEMPORARY_SUFFIX}") if is_temporary(path)]
+    leftovers = [path for path in root.rglob("*.tmp") if is_temporary(path)]
     for path in leftovers:
         path.unlink(missing_ok=True)
     return len(leftovers)

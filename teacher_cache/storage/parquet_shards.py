@@ -8,7 +8,7 @@ of a value with that dtype is the row.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,11 +57,24 @@ class ParquetStore:
             write_page_checksum=True,
         )
         data = sink.getvalue().to_pybytes()
-        return [(FileRecord(path, len(data), crc32c(data), ""), data)]
+        return [(FileRecord(path, len(data), _digest(path, data)), data)]
+
+    def damage(
+        self, root: Path, group: Group, shard: int, records: Mapping[str, FileRecord]
+    ) -> Iterator[CorruptionError]:
+        """The file, whole."""
+        try:
+            self.open_shard(root, group, shard, records).gather(group.parts[0].name, np.arange(0))
+        except CorruptionError as error:
+            yield error
 
     def open_shard(self, root: Path, group: Group, shard: int, records: Mapping[str, FileRecord]) -> LoadedShard:
         """Reads the file whole when its rows are first asked for."""
         return LoadedShard(root, group, records[shard_path(group, shard)])
+
+
+def _digest(path: str, data: bytes) -> str:
+    return f"{crc32c(path.encode() + data):08x}"
 
 
 def shard_path(group: Group, shard: int) -> str:
@@ -102,8 +115,8 @@ class LoadedShard:
             raise CorruptionError(path, "must be there: it was committed", error, _HINT) from error
         if len(data) != record.size:
             raise CorruptionError(path, f"must have {record.size} bytes", len(data), _HINT)
-        if crc32c(data) != record.crc32c:
-            raise CorruptionError(path, f"must have crc32c {record.crc32c:08x}", f"{crc32c(data):08x}", _HINT)
+        if _digest(path, data) != record.digest:
+            raise CorruptionError(path, f"must have digest {record.digest} here", _digest(path, data), _HINT)
         table = pq.read_table(pa.BufferReader(data), page_checksum_verification=True)
         return {part.name: _values(part, table[part.name].combine_chunks()) for part in self._group.parts}
 

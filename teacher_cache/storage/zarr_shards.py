@@ -8,7 +8,7 @@ is arithmetic, and a memory map of the file is an array with one odd stride.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -88,7 +88,18 @@ class ZarrStore:
         framed = np.concatenate([chunks, crcs.view(np.uint8).reshape(-1, _CRC)], axis=1)
         data = framed.tobytes() + layout.index
         path = shard_path(group, part, shard)
-        return FileRecord(path, len(data), crc32c(data), _root(path, crcs)), data
+        return FileRecord(path, len(data), _digest(path, crcs)), data
+
+    def damage(
+        self, root: Path, group: Group, shard: int, records: Mapping[str, FileRecord]
+    ) -> Iterator[CorruptionError]:
+        """Every chunk of every part."""
+        reader = self.open_shard(root, group, shard, records)
+        for part in group.parts:
+            try:
+                reader.gather(part.name, np.arange(0, self.grid.shard_rows, self.grid.chunk_rows))
+            except CorruptionError as error:
+                yield error
 
     def open_shard(self, root: Path, group: Group, shard: int, records: Mapping[str, FileRecord]) -> MappedShard:
         """Maps the shard's files when their rows are first asked for."""
@@ -125,7 +136,7 @@ def shard_path(group: Group, part: Part, shard: int) -> str:
     return "/".join(["data", group.path, part.name, "c", str(shard), *("0" for _ in part.shape)])
 
 
-def _root(path: str, crcs: NDArray[np.uint32]) -> str:
+def _digest(path: str, crcs: NDArray[np.uint32]) -> str:
     return hashlib.blake2b(path.encode() + b"\0" + crcs.tobytes(), digest_size=16).hexdigest()
 
 
@@ -164,9 +175,9 @@ class MappedShard:
         crcs = np.ascontiguousarray(framed[:, layout.chunk_bytes :]).view("<u4")[:, 0]
         if raw[layout.chunks * stride :].tobytes() != layout.index:
             raise CorruptionError(path, "has another index than a shard of this array", self._shard, _HINT)
-        if _root(path, crcs) != self._records[path].root:
+        if _digest(path, crcs) != self._records[path].digest:
             rule = "holds other chunks than its receipt says (altered, or another shard's file)"
-            raise CorruptionError(path, rule, _root(path, crcs), _HINT)
+            raise CorruptionError(path, rule, _digest(path, crcs), _HINT)
         dtype = np.dtype(part.dtype)
         shape = (layout.chunks, self._grid.chunk_rows, *part.shape)
         inner = np.empty(shape[1:], dtype).strides
@@ -177,5 +188,5 @@ class MappedShard:
         stored = int(framed[-_CRC:].copy().view("<u4")[0])
         found = crc32c(framed[:-_CRC].tobytes())
         if found != stored:
-            place = f"data/{self._group.path}/{part}, shard {self._shard}, chunk {chunk}"
-            raise CorruptionError(place, f"must have crc32c {stored:08x}", f"{found:08x}", _HINT)
+            path = shard_path(self._group, self._parts[part], self._shard)
+            raise CorruptionError(path, f"chunk {chunk} must have crc32c {stored:08x}", f"{found:08x}", _HINT)

@@ -32,4 +32,3 @@ class Teacher(Protocol):
 
     def __call__(self, views_BCHW: Tensor) -> dict[str, Tensor]:
         """uint8 [B, C, H, W] views to float32 [B, ...] values of each field, on the teacher's device."""
-
