@@ -77,12 +77,12 @@ def compare(config: Config, set_: Set = None, json: Json = False) -> None:
     if json:
         console.print_json(comparison.to_json())
         return
-    rows = [
-        (arm, f"{statistics.fmean(values):.2%} ± {statistics.stdev(values):.2%}", *(f"{value:.2%}" for value in values))
-        for arm, values in comparison.accuracy.items()
-    ]
-    seeds = (f"seed {seed}" for seed in spec.seeds)
-    console.print_rows("accuracy after the last epoch", ("arm", "mean ± std", *seeds), rows)
+    rows = []
+    for arm, values in comparison.accuracy.items():
+        mean = f"{statistics.fmean(values):.2%} ± {statistics.stdev(values):.2%}"
+        rows.append((arm, mean, f"{min(values):.2%} … {max(values):.2%}"))
+    title = f"accuracy after the last epoch, {len(spec.seeds)} seeds"
+    console.print_rows(title, ("arm", "mean ± std", "lowest … highest"), rows)
     for item in comparison.differences:
         verdict = "significant" if item.significant else "NOT significant"
         interval = f"95 % interval {item.low:+.2%} … {item.high:+.2%}"

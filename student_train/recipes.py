@@ -51,6 +51,7 @@ class TrainSpec(Strict):
     drop_last: bool = True
     check_views: int = Field(default=2, ge=0, description="views of each batch compared with the teacher's")
     workers: int = Field(default=0, ge=0, description="processes that prepare batches")
+    threads: int | None = Field(default=None, gt=0, description="torch threads; tiny students run fastest with 1")
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,7 +72,7 @@ def train_one(
     )
     normalization = spec.normalize or opened.train.normalize
     device = resolve_device(spec.train.device)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), _threads(spec.train.threads):
         torch.manual_seed(seed)
         result = fit(
             student,
@@ -85,6 +87,16 @@ def train_one(
         )
     save_model(folder, student)
     return result
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _student(spec: RunSpec, opened: Opened, seed: int) -> nn.Module:

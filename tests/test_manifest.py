@@ -77,6 +77,24 @@ def test_any_changed_byte_is_found(built: Path, data: st.DataObject) -> None:
         read_manifest(built.parent / "flip")
 
 
+@pytest.mark.parametrize("how", ["newline", "spaces", "order", "escapes", "twice"])
+def test_other_bytes_for_the_same_values_are_refused(how: str, built: Path, tmp_path: Path) -> None:
+    """What parses alike and states its digest rightly is still not what was written."""
+    original = (built / MANIFEST).read_bytes()
+    body = json.loads(original)
+    data = {
+        "newline": original[:-1] + b" ",
+        "spaces": json.dumps(body, sort_keys=True).encode() + b"\n",
+        "order": canonical_json(dict(reversed(body.items()))).replace(b"{", b"{ ", 1),
+        "escapes": original.replace(b'"rows"', b'"\\u0072ows"'),
+        "twice": original.replace(b"{", b'{"rows":1,', 1),
+    }[how]
+    assert json.loads(data) == body
+    (tmp_path / MANIFEST).write_bytes(data)
+    with pytest.raises(CorruptionError):
+        read_manifest(tmp_path)
+
+
 @pytest.mark.parametrize(
     "data",
     [b"", b"[]", b"3", b"null", b'"text"', b"{}", b'{"digest": 3}', b'{"a": 1e999, "digest": ""}',

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import struct
 import warnings
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +157,19 @@ class TestDecoding:
         Image.new(mode, (4, 4), 1000).save(sink, "TIFF")
         with pytest.raises(BrokenSample, match="more than 8 bits"):
             decode_image(sink.getvalue())
+
+    @pytest.mark.parametrize(("colour", "channels"), [(0, 1), (2, 3), (4, 2), (6, 4)])
+    def test_sixteen_bit_png_of_every_colour_type(self, colour: int, channels: int) -> None:
+        """Pillow opens colour PNGs of 16 bits as 8-bit images and drops the lower byte."""
+
+        def chunk(kind: bytes, data: bytes) -> bytes:
+            return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+        header = struct.pack(">IIBBBBB", 2, 2, 16, colour, 0, 0, 0)
+        rows = (b"\0" + struct.pack(">H", 1000) * channels * 2) * 2
+        body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+        with pytest.raises(BrokenSample, match="more than 8 bits"):
+            decode_image(b"\x89PNG\r\n\x1a\n" + body)
 
     @settings(max_examples=200)
     @given(

@@ -158,3 +158,11 @@ def test_save_model_writes_what_a_teacher_can_load(tmp_path: Path) -> None:
     student = open_student(SMALL, 10, 1, seed=3)
     state = read_state_dict(str(save_model(tmp_path, student)))
     assert set(state) == set(student.state_dict())
+
+
+def test_threads_are_set_while_training_and_put_back(built: Path, arrays: Path, tmp_path: Path) -> None:
+    spec = fit_spec(tmp_path, built, arrays, train={**TRAIN.model_dump(), "threads": 1})
+    before, seen = torch.get_num_threads(), []
+    train_one(spec, open_data(spec), spec.objective, 0, tmp_path, lambda entry: seen.append(torch.get_num_threads()))
+    assert seen == [1, 1, 1]
+    assert torch.get_num_threads() == before

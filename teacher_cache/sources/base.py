@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -83,6 +84,10 @@ def source_fingerprint(source: Source) -> str:
     )
 
 
+_DEEP = re.compile(r"\b(RGB|RGBA|RGBX|LA|L|CMYK);16")
+"""Pillow's raw modes of 16 bits a channel, which it would cut to 8 in silence (`BGR;16` is 16 bits a pixel)."""
+
+
 def decode_image(data: bytes) -> Item:
     """JPEG, PNG, WebP and the like to uint8: greyscale stays [1, H, W], everything else becomes RGB [3, H, W].
 
@@ -91,7 +96,7 @@ def decode_image(data: bytes) -> Item:
     """
     try:
         with Image.open(io.BytesIO(data)) as image:
-            if image.mode.startswith(("I", "F")):
+            if image.mode.startswith(("I", "F")) or _DEEP.search(str(image.tile)):
                 raise BrokenSample(f"{image.format} image of mode {image.mode}: more than 8 bits a channel")
             array = np.asarray(image if image.mode == "L" else image.convert("RGB"))
     except _UNDECODABLE as error:
