@@ -79,8 +79,8 @@ def _require_same(spec: TeacherSpec, card: TeacherCard) -> None:
         "class_names": card.class_names,
     }
     for name, value in theirs.items():
-        # The rows of a forward pass decide its bits, so that number must be right even where it is a default.
-        given = name == "micro_batch" or name in spec.model_fields_set
+        # What decides bits must be right even where it is a default: the manifest will state it.
+        given = name != "class_names" or spec.class_names is not None
         if given and getattr(spec, name) != value:
             raise TeacherError(f"teacher.{name}", f"must be the service's, {value}", getattr(spec, name), hint)
 

@@ -19,6 +19,7 @@ class CachedRows:
         self.labels = cache.labels
         self.views = cache.views
         self.fields = cache.fields
+        self.fingerprint = cache.manifest.identity.whole
 
     @property
     def classes(self) -> int | None:

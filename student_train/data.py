@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 
 from teacher_cache.encodings import Target
 from teacher_cache.errors import MismatchError, SpecError
-from teacher_cache.fingerprint import key_digests
-from teacher_cache.sources import BrokenSample, open_source
+from teacher_cache.fingerprint import fingerprint, key_digests
+from teacher_cache.sources import BrokenSample, open_source, source_fingerprint
 from teacher_cache.spec import NormalizeSpec, SourceSpec, ViewSpec
 from teacher_cache.views import Views, open_recipe, render_views
 
@@ -18,7 +18,7 @@ from teacher_cache.views import Views, open_recipe, render_views
 class Rows(Protocol):
     """What a stream needs of its data; `teacher_cache.Cache` (through `CachedRows`) and `LabelledRows` offer it.
 
-    Deterministic and picklable; every worker process opens its own.
+    Deterministic and picklable; a cache is opened again in every worker process, a source travels there.
     """
 
     @property
@@ -40,6 +40,10 @@ class Rows(Protocol):
     @property
     def fields(self) -> tuple[str, ...]:
         """The fields that `read` knows."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Names everything that a batch is made of: a run goes on only over the same data."""
 
     @property
     def normalize(self) -> NormalizeSpec | None:
@@ -67,6 +71,8 @@ class LabelledRows:
         self.views = None if self._recipe.random else 1
         self.fields: tuple[str, ...] = ()
         self.normalize = self._recipe.normalize
+        identity = {"source": source_fingerprint(self._source), "view": self._recipe.view_fingerprint}
+        self.fingerprint = fingerprint("labelled-rows", 1, identity)
 
     def render(self, view: int, rows: NDArray[np.int64], check: int) -> Views:
         """Decodes and renders; there is no teacher whose views `check` could compare with."""

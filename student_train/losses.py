@@ -40,4 +40,6 @@ def _sparse_kl(log_q_BC: Tensor, target: SparseTarget, temperature: float) -> Te
     if rest == 0:
         return kl_B
     log_q_rest_B = log_q_BC.sum(dim=1) - log_q_BK.sum(dim=1)
-    return kl_B + each_B.exp() * (rest * each_B - log_q_rest_B)
+    tail_B = each_B.exp() * (rest * each_B - log_q_rest_B)
+    # Masked classes have no mass and an infinite logarithm: 0 · −∞ is 0 here.
+    return kl_B + torch.where(each_B.isfinite(), tail_B, 0.0)

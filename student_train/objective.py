@@ -98,6 +98,8 @@ class Objective:
         if not terms:
             raise SpecError("objective", "needs at least one term", "none", "For example cross_entropy.")
         self.terms = tuple(terms)
+        names = [term.name for term in self.terms]
+        self._names = [f"{name}_{place}" if names.count(name) > 1 else name for place, name in enumerate(names)]
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -110,11 +112,11 @@ class Objective:
         return any(term.needs_labels for term in self.terms)
 
     def __call__(self, logits_BC: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted sum, and each term's own unweighted value (detached) for the logs."""
+        """The weighted sum, and each term's own unweighted value (detached) for the logs, by name (`kd_1` of two)."""
         loss = torch.zeros((), device=logits_BC.device)
         values: dict[str, Tensor] = {}
-        for term in self.terms:
+        for name, term in zip(self._names, self.terms, strict=True):
             value = term(logits_BC, batch)
             loss = loss + term.weight * value
-            values[term.name] = value.detach()
+            values[name] = value.detach()
         return loss, values

@@ -82,7 +82,7 @@ def train_one(
             normalization=normalization,
             evaluate=lambda model: accuracy(model, opened.test, normalization, device),
             folder=folder,
-            run=_run_fingerprint(spec, terms, seed),
+            run=_run_fingerprint(spec, opened, terms, seed),
             log=log,
         )
     save_model(folder, student)
@@ -108,7 +108,7 @@ def _student(spec: RunSpec, opened: Opened, seed: int) -> nn.Module:
     return open_student(spec.student, classes, channels, seed)
 
 
-def _run_fingerprint(spec: RunSpec, terms: tuple[TermSpec, ...], seed: int) -> str:
+def _run_fingerprint(spec: RunSpec, opened: Opened, terms: tuple[TermSpec, ...], seed: int) -> str:
     # Workers and the device decide no batch: a run may go on elsewhere.
     excluded: Any = {
         "run": True,
@@ -118,7 +118,9 @@ def _run_fingerprint(spec: RunSpec, terms: tuple[TermSpec, ...], seed: int) -> s
         "objective": True,
         "seed": True,
     }
+    # Paths are not what data is: a cache that was built again for another teacher is other data.
     body = spec.model_dump(mode="json", exclude=excluded)
+    body |= {"data": opened.train.fingerprint, "evaluate": opened.test.fingerprint}
     return fingerprint("run", 1, {**body, "terms": [term.model_dump(mode="json") for term in terms], "seed": seed})
 
 
@@ -127,4 +129,5 @@ def evaluate_weights(spec: RunSpec, weights: Path) -> float:
     opened = open_data(spec)
     student = _student(spec, opened, seed=0)
     load_into(student, str(weights))
-    return accuracy(student, opened.test, spec.normalize or opened.train.normalize)
+    device = resolve_device(spec.train.device)
+    return accuracy(student.to(device), opened.test, spec.normalize or opened.train.normalize, device)

@@ -67,6 +67,9 @@ def fit(
         NonFiniteError: the loss became NaN or inf.
     """
     _check(objective, stream)
+    if folder is not None and not run:
+        hint = "Name what decides the result, for example by a fingerprint of the configuration."
+        raise SpecError("run", "must name the run where checkpoints are kept", run, hint)
     device = resolve_device(train.device)
     student.to(device)
     optimizer = _optimizer(student, train)

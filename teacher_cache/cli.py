@@ -231,16 +231,21 @@ def export(
     view: Annotated[int, typer.Option(help="Which view.")] = 0,
 ) -> None:
     """Write one field of one view as a plain .npz: keys, row numbers, labels and the stored parts."""
+    import io
+
     import numpy as np
 
     from teacher_cache.reader import open_cache
+    from teacher_cache.storage import write_atomic
 
     cache = open_cache(path)
     rows = np.flatnonzero(cache.alive)
     columns = cache.columns(field, view, rows)
     labels = {} if cache.labels is None else {"labels": cache.labels[rows]}
     keys = np.array([cache.samples.keys[row] for row in rows])
-    np.savez(output, allow_pickle=False, keys=keys, rows=rows, **labels, **columns)
+    buffer = io.BytesIO()
+    np.savez(buffer, allow_pickle=False, keys=keys, rows=rows, **labels, **columns)
+    write_atomic(output.parent, output.name, buffer.getvalue())
     console.out.print(f"wrote {output}: {len(rows):,} rows of {field}, view {view}")
 
 

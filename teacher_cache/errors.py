@@ -10,7 +10,7 @@
     │   ├── NonFiniteError      a teacher answered NaN or inf, or the encoding would overflow
     │   └── ServiceError        a teacher service refused or could not answer
     └── CacheError              a cache cannot be trusted or does not fit (exit 1)
-        ├── CacheNotFoundError  there is no cache at that place
+        ├── CacheNotFoundError  there is no cache at that place          (exit 2)
         ├── FormatError         written by another version of the format
         ├── HoleError           the rows asked for are not committed
         ├── TombstoneError      the rows asked for could not be decoded when the cache was built

@@ -133,6 +133,13 @@ def _check_classes(opened: Opened, shapes: dict[str, tuple[int, ...]]) -> None:
     if logits is not None and names is not None and logits[0] != len(names):
         hint = "Use weights for these classes, or give the source the teacher's class names."
         raise TeacherError("teacher.model", f"must answer for the {len(names)} class names", logits[0], hint)
+    if logits is not None and own is not None and logits[0] != len(own):
+        hint = "Correct the list, or use weights for these classes."
+        raise TeacherError("teacher.class_names", f"must have one name for each of {logits[0]} outputs", own, hint)
+    labels = opened.source.labels
+    if logits is not None and labels is not None and int(labels.max()) >= logits[0]:
+        hint = "Use weights for these classes."
+        raise TeacherError("teacher.model", f"must answer for the labels 0..{int(labels.max())}", logits[0], hint)
     if own is not None and names is not None and own != names:
         differs = next((i for i, pair in enumerate(zip(own, names, strict=False)) if pair[0] != pair[1]), len(names))
         hint = f"They differ first at class {differs}; the teacher's head and the labels must have one order."
@@ -209,6 +216,9 @@ def begin(root: Path, opened: Opened) -> Manifest:
             ours, theirs = getattr(planned.identity, part), getattr(found.identity, part)
             if ours != theirs:
                 raise MismatchError(part, f"must have the cache's fingerprint {theirs}", ours, hint)
+        if found.state == "building" and found.versions != planned.versions:
+            hint = f"Go on with {found.versions}, or begin a new cache: both would be in one."
+            raise MismatchError("versions", "must be those that began the cache", planned.versions, hint)
         remove_temporary(root)
         return found
     _require_fresh(root)

@@ -16,7 +16,7 @@ from typing import Any
 
 import ray
 import torch
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayError, RayTaskError
 
 from teacher_cache.errors import BuildError, SpecError, TeacherCacheError
 from teacher_cache.manifest import Manifest
@@ -26,6 +26,7 @@ from teacher_cache.spec import BuildSpec, ComputeSpec
 from teacher_cache.teachers import resolve_device
 
 _IN_FLIGHT = 2
+_DEATHS = (RayActorError, OutOfMemoryError, NodeDiedError)
 
 
 class ShardWorker:
@@ -70,8 +71,7 @@ def run_on_ray(root: Path, manifest: Manifest, spec: BuildSpec, places: list[Sha
             log_to_driver=False,
             configure_logging=False,
         )
-    else:
-        count = min(count, _room(spec.compute, on_gpu))
+    count = min(count, _room(spec.compute, on_gpu))
     pool = _Pool(root, manifest, spec, count, on_gpu)
     try:
         yield from pool.run(places)
@@ -102,6 +102,7 @@ class _Pool:
         self._attempts_allowed = spec.compute.attempts
         self._attempts: dict[ShardId, int] = {}
         self._workers = [self._start() for _ in range(count)]
+        self._order: dict[ShardId, int] = {}
         self._calls: dict[Any, tuple[int, ShardId]] = {}
 
     def _start(self) -> Any:
@@ -118,7 +119,7 @@ class _Pool:
             worker, place = self._calls.pop(ready)
             try:
                 data = ray.get(ready)
-            except RayActorError as error:
+            except _DEATHS as error:
                 self._bury(worker, place, waiting, error)
                 continue
             except RayTaskError as error:
@@ -130,20 +131,22 @@ class _Pool:
     def _submit(self, worker: int, waiting: deque[ShardId]) -> None:
         if waiting:
             place = waiting.popleft()
+            self._order[place] = len(self._order) if place not in self._order else max(self._order.values()) + 1
             self._calls[self._workers[worker].run.remote(place.view, place.shard)] = (worker, place)
 
-    def _bury(self, worker: int, place: ShardId, waiting: deque[ShardId], error: RayActorError) -> None:
-        """Replaces a dead worker; its oldest shard is suspected, the one behind it goes back unharmed."""
+    def _bury(self, worker: int, place: ShardId, waiting: deque[ShardId], error: RayError) -> None:
+        """Replaces a dead worker; the shard it was given first is suspected, the one behind it goes back unharmed."""
         lost = [place, *(other for owner, other in self._calls.values() if owner == worker)]
+        lost.sort(key=self._order.__getitem__)
         for call in [call for call, (owner, _) in self._calls.items() if owner == worker]:
             del self._calls[call]
-        oldest = min(lost)
+        oldest = lost[0]
         self._attempts[oldest] = self._attempts.get(oldest, 0) + 1
         if self._attempts[oldest] >= self._attempts_allowed:
             name = f"view {oldest.view}, shard {oldest.shard}"
             hint = "Run with --executor serial to see why; memory is the usual reason."
             raise BuildError(name, f"killed its worker {self._attempts[oldest]} times", error, hint) from error
-        waiting.extendleft(sorted(lost, reverse=True))
+        waiting.extendleft(reversed(lost))
         self._workers[worker] = self._start()
         for _ in range(_IN_FLIGHT):
             self._submit(worker, waiting)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,7 +32,8 @@ from teacher_cache.storage import FileRecord, Group, ShardReader, open_store
 from teacher_cache.storage.parquet_tables import read_table
 from teacher_cache.views import Recipe, Views, open_recipe, render_views
 
-_OPEN_SHARDS = 512
+_MOST_SHARDS = 512
+_MOST_BYTES = 2**30
 
 Rows = Sequence[int] | NDArray[np.int64]
 
@@ -64,6 +66,7 @@ class Cache:
         self._store = open_store(self.manifest.store.kind, self.manifest.grid)
         self._encodings = self.manifest.encodings
         self._groups: dict[tuple[str, int], Group] = {}
+        self._room = _room(self.manifest)
         self._shards: OrderedDict[tuple[str, int], ShardReader] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -82,7 +85,9 @@ class Cache:
                 if read_manifest(self.path) == self.manifest:
                     raise
             else:
-                return
+                # Receipts that vanished between two looks leave no trace: the manifest tells.
+                if self.manifest.state == "sealed" or read_manifest(self.path) == self.manifest:
+                    return
 
     def _read_index(self) -> dict[tuple[int, int], dict[str, FileRecord]]:
         """What is committed, by (view, shard): from the sealed table, or from the receipts of a running build."""
@@ -223,7 +228,7 @@ class Cache:
             raise HoleError(f"view {view}", "must be committed before it is read", f"rows {start}..{stop - 1}", hint)
         reader = self._store.open_shard(self.path, group, shard, self.files[view, shard])
         self._shards[group.path, shard] = reader
-        if len(self._shards) > _OPEN_SHARDS:
+        if len(self._shards) > self._room:
             self._shards.popitem(last=False)
         return reader
 
@@ -302,6 +307,16 @@ class Cache:
         why = "the parameters differ" if drawn != stored else "the same parameters give other pixels"
         hint = f"Built with {self.manifest.versions}, now {now}: {why}. Use the versions of the build."
         raise ViewMismatch(place, "must be the pixels that the teacher saw", f"{int(differs.sum())} rows differ", hint)
+
+
+def _room(manifest: Manifest) -> int:
+    """How many shards may stay open: a Zarr map holds a file handle for each part, a Parquet shard its rows."""
+    groups = manifest.groups(0)
+    if manifest.store.kind == "parquet":
+        largest = max(sum(part.row_bytes for part in group.parts) for group in groups)
+        return max(8, min(_MOST_SHARDS, _MOST_BYTES // (largest * manifest.store.shard_rows)))
+    handles, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return max(8, min(_MOST_SHARDS, handles // 2 // max(len(group.parts) for group in groups)))
 
 
 def open_cache(path: str | Path, source: SourceSpec | None = None) -> Cache:

@@ -43,6 +43,7 @@ class FolderSource(Strict):
 
     kind: Literal["folder"]
     path: str
+    channels: Literal[1, 3] | None = Field(default=None, description="bring every image to grey or RGB")
     take: TakeSpec | None = None
 
 
@@ -52,6 +53,7 @@ class ParquetSource(Strict):
     kind: Literal["parquet"]
     path: str | tuple[str, ...]
     class_names: tuple[str, ...] | None = None
+    channels: Literal[1, 3] | None = Field(default=None, description="bring every image to grey or RGB")
     take: TakeSpec | None = None
 
 
@@ -61,6 +63,7 @@ class TorchvisionSource(Strict):
     kind: Literal["torchvision"]
     dataset: str
     arguments: dict[str, Any] = Field(default_factory=dict)
+    channels: Literal[1, 3] | None = Field(default=None, description="bring every image to grey or RGB")
     take: TakeSpec | None = None
 
 

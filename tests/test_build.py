@@ -537,3 +537,34 @@ def test_the_api_key_is_never_stored(arrays: Path, tmp_path: Path) -> None:
     for path in (tmp_path / "cache").rglob("*"):
         assert path.is_dir() or b"hunter2-secret" not in path.read_bytes()
     assert read_manifest(tmp_path / "cache").state == "sealed"
+
+
+def test_other_libraries_do_not_go_on_with_a_build(
+    arrays: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half by one torch and half by another would be one cache with two kinds of bits; a sealed one is only read."""
+    spec = toy_spec(tmp_path / "cache", arrays)
+    build_some(spec, 3)
+    with monkeypatch.context() as patch:
+        patch.setattr("torch.__version__", "99.0")
+        with pytest.raises(MismatchError, match=r"versions.*99\.0"):
+            serial(spec)
+    serial(spec)
+    monkeypatch.setattr("torch.__version__", "99.0")
+    assert serial(spec).shards_built == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"teacher__class_names": ["a", "b"]}, r"teacher\.class_names.*each of 10 outputs"),
+        ({"teacher__arguments": {"classes": 5}}, r"teacher\.model.*labels 0\.\.7"),
+    ],
+)
+def test_classes_are_checked_without_the_sources_names(
+    changes: dict[str, Any], message: str, arrays: Path, tmp_path: Path
+) -> None:
+    """A source may have labels and no names: the teacher's head must still hold every label."""
+    source = {key: value for key, value in numpy_source(arrays).items() if key != "class_names"}
+    with pytest.raises(TeacherError, match=message):
+        serial(toy_spec(tmp_path / "cache", arrays, source=source, **changes))

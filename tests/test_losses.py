@@ -84,6 +84,17 @@ def test_high_temperature_is_half_the_centred_logit_mse() -> None:
     assert float(soft_target_loss(torch.tensor(student), dense, 200.0)) == pytest.approx(limit, rel=3e-2)
 
 
+def test_masked_classes_have_no_weight() -> None:
+    """A teacher that masks classes with −10⁹ leaves a tail without mass: 0 · −∞ must not become NaN."""
+    encoding = TopKLogits(4, 1)
+    target = encoding.decode(encoding.encode(torch.tensor([[0.0, -1e9, -1e9, -1e9]])))
+    logits = torch.zeros(1, 4, requires_grad=True)
+    loss = soft_target_loss(logits, target, 1.0)
+    loss.backward()
+    assert float(loss.detach()) == pytest.approx(np.log(4))
+    torch.testing.assert_close(logits.grad, torch.tensor([[-0.75, 0.25, 0.25, 0.25]]))
+
+
 def test_a_student_that_equals_the_teacher_has_no_loss() -> None:
     _, teacher = draw(4)
     dense = DenseTarget(torch.tensor(teacher))

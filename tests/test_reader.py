@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import resource
 import shutil
 from pathlib import Path
 from typing import Any
@@ -114,13 +115,29 @@ def test_a_copy_in_another_process_is_a_cache(built: Path) -> None:
 
 def test_many_shards_do_not_stay_open(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The least recently used are closed; what is read stays right."""
-    monkeypatch.setattr("teacher_cache.reader._OPEN_SHARDS", 2)
+    monkeypatch.setattr("teacher_cache.reader._room", lambda manifest: 2)
     cache = tc.open(built)
     for _ in range(2):
         for view in range(2):
             whole = cache.read("logits", view, range(ROWS)).dense().values
             assert (whole.numpy() == expected_logits(cache.render(view, range(ROWS)))).all()
     assert len(cache._shards) == 2
+
+
+def test_a_low_limit_of_open_files_is_respected(arrays: Path, tmp_path: Path) -> None:
+    """More shards than handles: the least recently used are closed, and nothing is called corrupt."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    store = {"kind": "zarr", "shard_rows": 1, "chunk_rows": 1}
+    fields = {"logits": {"encoding": {"kind": "top_k", "k": 3}}}
+    spec = toy_spec(tmp_path / "cache", arrays, store=store, teacher__fields=fields, views__count=4)
+    tc.build(spec, executor="serial")
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (128, before[1]))
+        cache = tc.open(tmp_path / "cache")
+        for view in range(4):
+            assert len(cache.read("logits", view, range(ROWS))) == len(cache.digests(view, range(ROWS))) == ROWS
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 def _read_all(cache: Cache, view: int) -> None:

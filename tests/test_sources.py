@@ -115,8 +115,19 @@ class TestFolder:
         """It was there when the source was opened: a tombstone would hide that."""
         source = opened(kind="folder", path=str(self._write(tmp_path)))
         (tmp_path / "cat/1.png").unlink()
-        with pytest.raises(SourceError, match=r"cat/1\.png.*was there"):
+        with pytest.raises(SourceError, match=r"cat/1\.png.*must be readable"):
             source.item(3)
+
+    def test_grey_and_coloured_images_are_brought_together(self, tmp_path: Path) -> None:
+        """As they are, they have other shapes; `channels` makes them one, and is part of the fingerprint."""
+        (tmp_path / "a").mkdir()
+        Image.new("L", (4, 4), 90).save(tmp_path / "a/grey.png")
+        Image.new("RGB", (4, 4), (90, 10, 20)).save(tmp_path / "a/red.png")
+        found = {n: opened(kind="folder", path=str(tmp_path), channels=n) for n in (None, 1, 3)}
+        shapes = {n: [source.item(row).image_CHW.shape[0] for row in range(2)] for n, source in found.items()}
+        assert shapes == {None: [1, 3], 1: [1, 1], 3: [3, 3]}
+        assert (found[3].item(0).image_CHW == 90).all()
+        assert len({source_fingerprint(source) for source in found.values()}) == 3
 
     @pytest.mark.parametrize("make", ["nothing", "file", "empty", "no class folder", "empty class"])
     def test_no_images(self, make: str, tmp_path: Path) -> None:
@@ -374,6 +385,7 @@ class Shuffled:
         self.keys = [source.keys[row] for row in order]
         self.labels = None if source.labels is None else source.labels[order]
         self.class_names, self.sizes = source.class_names, source.sizes[order]
+        self.channels = source.channels
         self.item = lambda row: source.item(order[row])
 
     def __len__(self) -> int:

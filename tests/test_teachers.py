@@ -34,7 +34,7 @@ class TestLoading:
     def test_torchvision(self) -> None:
         teacher = loaded("torchvision:resnet18", arguments={"num_classes": 7}, fields=["logits"])
         assert teacher(views(2, 3, 32))["logits"].shape == (2, 7)
-        with pytest.raises(TeacherError, match=r"not in torchvision\.models.*resnet19"):
+        with pytest.raises(SpecError, match=r"not in torchvision\.models.*resnet19"):
             loaded("torchvision:resnet19")
         with pytest.raises(TeacherError, match=r"teacher\.arguments.*colour"):
             loaded("torchvision:resnet18", arguments={"colour": 1})
@@ -327,3 +327,8 @@ class TestExported:
         (tmp_path / "text.pt2").write_bytes(b"no program")
         with pytest.raises(TeacherError, match="cannot be read"):
             loaded(str(tmp_path / "text.pt2"))
+
+
+def test_a_node_that_runs_twice_is_ambiguous() -> None:
+    with pytest.raises(TeacherError, match=r"feature:relu.*more than once"):
+        loaded("toy_models:Twice", fields=["logits", "feature:relu"])(views(2, 1, 8))

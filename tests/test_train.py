@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from toy_builds import numpy_source
+from toy_builds import numpy_source, toy_spec
 
 import teacher_cache as tc
 from student_train import KD, Batch, CrossEntropy, Objective, TrainSpec, ViewStream, fit
@@ -92,6 +93,33 @@ def test_a_checkpoint_of_another_configuration_is_refused(built: Path, arrays: P
     other = fit_spec(tmp_path, built, arrays, objective=[{"kind": "cross_entropy"}])
     with pytest.raises(MismatchError, match=r"checkpoint\.pt"):
         train_one(other, open_data(other), other.objective, 0, tmp_path)
+
+
+def test_a_cache_that_was_built_again_for_another_teacher_is_other_data(arrays: Path, tmp_path: Path) -> None:
+    """Same path, other weights: the finished student of the old teacher must not be handed out."""
+    spec = fit_spec(tmp_path / "run", tmp_path / "cache", arrays)
+    for scale in (1.0, 2.0):
+        shutil.rmtree(tmp_path / "cache", ignore_errors=True)
+        tc.build(toy_spec(tmp_path / "cache", arrays, teacher__arguments={"scale": scale}), executor="serial")
+        if scale == 1.0:
+            train_one(spec, open_data(spec), spec.objective, 0, tmp_path / "run")
+    with pytest.raises(MismatchError, match=r"checkpoint\.pt"):
+        train_one(spec, open_data(spec), spec.objective, 0, tmp_path / "run")
+
+
+def test_checkpoints_need_a_name(built: Path, tmp_path: Path) -> None:
+    student, stream = open_student(SMALL, 10, 1, seed=0), ViewStream(tc.open(built), batch_size=8)
+    with pytest.raises(SpecError, match="run"):
+        fit(student, stream, Objective([KD()]), TRAIN, folder=tmp_path)
+
+
+def test_two_terms_of_one_kind_are_both_logged() -> None:
+    logits = torch.zeros(2, 10)
+    targets = {"logits": DenseTarget(torch.arange(20.0).view(2, 10))}
+    batch = Batch(0, 0, 0, np.arange(2), torch.zeros(2, 1, 8, 8, dtype=torch.uint8), None, targets)
+    _, values = Objective([KD(temperature=1), KD(temperature=4)])(logits, batch)
+    assert set(values) == {"kd_0", "kd_1"}
+    assert values["kd_0"] != values["kd_1"]
 
 
 def test_a_checkpoint_holds_a_plain_student(built: Path, arrays: Path, tmp_path: Path) -> None:

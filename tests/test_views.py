@@ -461,3 +461,10 @@ class TestSeededGlobal:
     def test_what_is_no_callable_is_refused(self, reference: str) -> None:
         with pytest.raises(SpecError):
             self._recipe(reference)
+
+
+def test_parameters_of_a_callable_are_in_its_fingerprint() -> None:
+    """Addresses are not: they change from process to process."""
+    one, two = (open_recipe(ViewSpec(callable=f"toy_models:SHIFT_{name}")) for name in ("ONE", "TWO"))
+    assert one.view_fingerprint != two.view_fingerprint
+    assert " at 0x" not in str(one.describe())

@@ -6,6 +6,7 @@ stay below 2²⁴ of them are exact in float32 whatever the order.
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 from pathlib import Path
@@ -167,3 +168,26 @@ def half_up(image_CHW: Tensor) -> Tensor:
 def as_float(image_CHW: Tensor) -> Tensor:
     """A view that answers floats: refused."""
     return image_CHW / 255
+
+
+class Twice(nn.Module):
+    """One node that runs twice in a forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.relu = nn.ReLU()
+        self.head = nn.LazyLinear(10)
+        self.head(torch.zeros(1, 64))
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.relu(self.relu(images_BCHW.flatten(1)) - 0.5))
+        return logits
+
+
+def shifted(image_CHW: Tensor, by: int) -> Tensor:
+    """A callable with a parameter: `functools.partial` hides it behind an address in its `repr`."""
+    return image_CHW.roll(by, -1)
+
+
+SHIFT_ONE = functools.partial(shifted, by=1)
+SHIFT_TWO = functools.partial(shifted, by=2)

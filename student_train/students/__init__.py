@@ -9,7 +9,7 @@ from student_train.recipes import StudentSpec
 from student_train.students.cifar_resnet import resnet20_cifar, resnet56_cifar
 from student_train.students.small_cnn import small_cnn
 from teacher_cache.errors import SpecError
-from teacher_cache.imports import import_attribute
+from teacher_cache.imports import import_attribute, torchvision_model
 
 __all__ = ["open_student", "resnet20_cifar", "resnet56_cifar", "small_cnn"]
 
@@ -31,7 +31,7 @@ def open_student(spec: StudentSpec, classes: int, channels: int, seed: int) -> n
         torch.manual_seed(seed)
         try:
             if kind == "torchvision":
-                return _torchvision(name, {"num_classes": classes, **spec.arguments})
+                return torchvision_model(name, {"num_classes": classes, **spec.arguments}, "student.model")
             own = {"small_cnn": small_cnn, "resnet20_cifar": resnet20_cifar, "resnet56_cifar": resnet56_cifar}
             factory = own.get(spec.model) or import_attribute(spec.model, "student.model")
             made = factory(**{"classes": classes, "channels": channels, **spec.arguments})
@@ -41,12 +41,3 @@ def open_student(spec: StudentSpec, classes: int, channels: int, seed: int) -> n
         rule = "must give an nn.Module when called"
         raise SpecError("student.model", rule, type(made).__name__, "Name a class or a factory.")
     return made
-
-
-def _torchvision(name: str, arguments: dict[str, object]) -> nn.Module:
-    from torchvision.models import get_model, list_models
-
-    if name not in list_models():
-        raise SpecError("student.model", "is not in torchvision.models", name, "See list_models().")
-    model: nn.Module = get_model(name, weights=None, **arguments)
-    return model

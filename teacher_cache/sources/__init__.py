@@ -49,16 +49,16 @@ def _open(spec: SourceSpec) -> Source:
         case FolderSource():
             from teacher_cache.sources.folder import Folder
 
-            return Folder(spec.path)
+            return Folder(spec.path, spec.channels)
         case ParquetSource():
             from teacher_cache.sources.parquet import ParquetImages
 
             paths = (spec.path,) if isinstance(spec.path, str) else spec.path
-            return ParquetImages(paths, spec.class_names)
+            return ParquetImages(paths, spec.class_names, spec.channels)
         case TorchvisionSource():
             from teacher_cache.sources.torchvision_dataset import TorchvisionDataset
 
-            return TorchvisionDataset(spec.dataset, spec.arguments)
+            return TorchvisionDataset(spec.dataset, spec.arguments, spec.channels)
         case NumpySource():
             from teacher_cache.sources.numpy_arrays import NumpyArrays
 

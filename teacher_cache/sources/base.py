@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -15,15 +17,11 @@ from torch import Tensor
 
 from teacher_cache.fingerprint import content_digest, fingerprint
 
-# What Pillow raises over damaged files; found by fuzzing, `NotImplementedError` for odd DDS headers.
-_UNDECODABLE = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    NotImplementedError,
-    Image.DecompressionBombError,
-    Image.DecompressionBombWarning,
-)
+Channels = Literal[1, 3] | None
+
+
+_DEEP = re.compile(r"\b(RGB|RGBA|RGBX|LA|L|CMYK);16")
+"""Pillow's raw modes of 16 bits a channel, which it would cut to 8 in silence (`BGR;16` is 16 bits a pixel)."""
 
 
 class BrokenSample(Exception):  # noqa: N818 - not an error of the product: it becomes a tombstone
@@ -60,6 +58,10 @@ class Source(Protocol):
         """Names in the order of the class numbers, or None where they are not known."""
 
     @property
+    def channels(self) -> Channels:
+        """What every image is brought to when it is decoded, where the configuration says so."""
+
+    @property
     def sizes(self) -> NDArray[np.int64]:
         """Stored bytes of each sample: known without reading it."""
 
@@ -72,35 +74,55 @@ class Source(Protocol):
 def source_fingerprint(source: Source) -> str:
     """Names a data set by its keys, sizes, labels and class names: what can be known without reading it."""
     labels = source.labels
-    return fingerprint(
-        "source",
-        1,
-        {
-            "keys": fingerprint("keys", 1, {"keys": source.keys}),
-            "sizes": source.sizes.tolist(),
-            "labels": None if labels is None else labels.tolist(),
-            "class_names": source.class_names,
-        },
-    )
+    fields: dict[str, object] = {
+        "keys": fingerprint("keys", 1, {"keys": source.keys}),
+        "sizes": source.sizes.tolist(),
+        "labels": None if labels is None else labels.tolist(),
+        "class_names": source.class_names,
+    }
+    if source.channels is not None:
+        fields["channels"] = source.channels
+    return fingerprint("source", 1, fields)
 
 
-_DEEP = re.compile(r"\b(RGB|RGBA|RGBX|LA|L|CMYK);16")
-"""Pillow's raw modes of 16 bits a channel, which it would cut to 8 in silence (`BGR;16` is 16 bits a pixel)."""
+@contextmanager
+def decoding() -> Iterator[None]:
+    """Turns whatever an image decoder raises into `BrokenSample`: they raise anything over damaged files.
+
+    An `OSError` with a number comes from the system and not from the image, and passes.
+    """
+    try:
+        yield
+    except (BrokenSample, MemoryError):
+        raise
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        raise BrokenSample(f"cannot be decoded: {error}") from None
+    except Exception as error:
+        raise BrokenSample(f"cannot be decoded: {error}") from None
 
 
-def decode_image(data: bytes) -> Item:
-    """JPEG, PNG, WebP and the like to uint8: greyscale stays [1, H, W], everything else becomes RGB [3, H, W].
+def pixels_of(image: Image.Image, channels: Channels) -> NDArray[np.uint8]:
+    """A decoded picture as uint8 [H, W] or [H, W, 3]; where no number is given greyscale stays, all else is RGB."""
+    grey = channels == 1 or (channels is None and image.mode == "L")
+    return np.asarray(image.convert("L" if grey else "RGB"))
+
+
+def decode_image(data: bytes, channels: Channels = None) -> Item:
+    """JPEG, PNG, WebP and the like to uint8 [C, H, W].
+
+    Args:
+        data: the stored bytes.
+        channels: 1 or 3 to bring every image to so many; None keeps greyscale as it is and makes all else RGB.
 
     Raises:
         BrokenSample: the bytes are truncated, or no image at all, or deeper than 8 bits a channel.
     """
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            if image.mode.startswith(("I", "F")) or _DEEP.search(str(image.tile)):
-                raise BrokenSample(f"{image.format} image of mode {image.mode}: more than 8 bits a channel")
-            array = np.asarray(image if image.mode == "L" else image.convert("RGB"))
-    except _UNDECODABLE as error:
-        raise BrokenSample(f"cannot be decoded: {error}") from None
+    with decoding(), Image.open(io.BytesIO(data)) as image:
+        if image.mode.startswith(("I", "F")) or _DEEP.search(str(image.tile)):
+            raise BrokenSample(f"{image.format} image of mode {image.mode}: more than 8 bits a channel")
+        array = pixels_of(image, channels)
     return Item(to_chw(array), content_digest(data))
 
 

@@ -16,6 +16,8 @@ _TEST_EVERY = 3
 class Digits:
     """Greyscale 8×8; every third image is the test split. Pixels 0..16 are scaled to 0..255."""
 
+    channels = None
+
     def __init__(self, split: Literal["train", "test", "all"]) -> None:
         try:
             from sklearn.datasets import load_digits

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from teacher_cache.errors import SourceError
-from teacher_cache.sources.base import BrokenSample, Item, decode_image
+from teacher_cache.sources.base import Channels, Item, decode_image
 
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 
@@ -16,7 +16,8 @@ _SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", 
 class Folder:
     """Class names are the folders' names, sorted; a key is the path below the root, with forward slashes."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, channels: Channels = None) -> None:
+        self.channels = channels
         self._root = Path(path)
         if not self._root.is_dir():
             raise SourceError("source.path", "must be a folder", path, "Check the path.")
@@ -43,9 +44,10 @@ class Folder:
         """Reads and decodes one file; a file that is gone raises `SourceError`: it was there at the start."""
         try:
             data = self._files[index].read_bytes()
-        except FileNotFoundError as error:
-            hint = "Put it back, or begin a new cache."
-            raise SourceError(self.keys[index], "was there when the source was opened", error, hint) from error
         except OSError as error:
-            raise BrokenSample(f"cannot be read: {error}") from error
-        return decode_image(data)
+            # A file that is gone or a mount that fails says nothing about the sample: no tombstone.
+            hint = "Put it back, or check the mount; then run the same command again."
+            raise SourceError(
+                self.keys[index], "must be readable, as when the source was opened", error, hint
+            ) from error
+        return decode_image(data, self.channels)

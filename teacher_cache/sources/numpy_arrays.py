@@ -15,6 +15,8 @@ from teacher_cache.sources.base import Item, array_item
 class NumpyArrays:
     """uint8 images [N, H, W] or [N, H, W, C]; a key is the file's stem and the index."""
 
+    channels = None
+
     def __init__(self, images: str, labels: str | None, class_names: tuple[str, ...] | None) -> None:
         self._images = _load("source.images", images, mmap=True)
         if self._images.dtype != np.uint8 or self._images.ndim not in (3, 4):

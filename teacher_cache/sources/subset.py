@@ -27,6 +27,7 @@ class Subset:
         self.keys = [source.keys[row] for row in self._rows]
         self.labels: NDArray[np.int64] | None = None if source.labels is None else source.labels[self._rows]
         self.class_names = source.class_names
+        self.channels = source.channels
         self.sizes: NDArray[np.int64] = source.sizes[self._rows]
 
     def __len__(self) -> int:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from teacher_cache.errors import SourceError
-from teacher_cache.sources.base import BrokenSample, Item, array_item
+from teacher_cache.sources.base import Channels, Item, array_item, decoding, pixels_of
 
 
 class TorchvisionDataset:
@@ -19,7 +19,8 @@ class TorchvisionDataset:
     A key is the class's name, its constructor arguments without paths, and the index.
     """
 
-    def __init__(self, dataset: str, arguments: dict[str, Any]) -> None:
+    def __init__(self, dataset: str, arguments: dict[str, Any], channels: Channels = None) -> None:
+        self.channels = channels
         kind = getattr(torchvision.datasets, dataset, None)
         if kind is None:
             raise SourceError("source.dataset", "is not in torchvision.datasets", dataset, "Check its spelling.")
@@ -42,12 +43,12 @@ class TorchvisionDataset:
     def item(self, index: int) -> Item:
         """One image of the data set, as uint8."""
         try:
-            image = self._data[index][0]
-        except (OSError, SyntaxError) as error:
-            raise BrokenSample(f"cannot be decoded: {error}") from error
-        if isinstance(image, Image.Image):
-            image = image if image.mode == "L" else image.convert("RGB")
-        array = np.asarray(image)
+            with decoding():
+                image = self._data[index][0]
+        except OSError as error:
+            hint = "Put the data set back, or check the mount; then run the same command again."
+            raise SourceError(self.keys[index], "must be readable, as when it was opened", error, hint) from error
+        array = pixels_of(image, self.channels) if isinstance(image, Image.Image) else np.asarray(image)
         if array.dtype != np.uint8 or array.ndim not in (2, 3):
             hint = "Do not pass a `transform` that makes tensors."
             raise SourceError("source.dataset", "must give uint8 images", f"{array.dtype} {array.shape}", hint)

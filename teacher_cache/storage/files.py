@@ -13,6 +13,8 @@ import google_crc32c
 
 from teacher_cache.errors import BuildError
 
+UNREADABLE = "The file is there: check its permissions, the mount, and the limit of open files (ulimit -n)."
+
 
 @dataclass(frozen=True)
 class FileRecord:

@@ -19,11 +19,11 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from teacher_cache.encodings import Columns, Part
-from teacher_cache.errors import CorruptionError
+from teacher_cache.errors import CacheError, CorruptionError
 from teacher_cache.storage.base import Grid, Group
-from teacher_cache.storage.files import FileRecord, crc32c
+from teacher_cache.storage.files import UNREADABLE, FileRecord, crc32c
 
-_HINT = "Run `teacher-cache verify` to see the extent, delete the shard's receipt and build again."
+_HINT = "Run `teacher-cache verify` to see the extent; restore the file, or remove the cache and build again."
 
 
 @dataclass(frozen=True)
@@ -111,8 +111,10 @@ class LoadedShard:
         path, record = self._record.path, self._record
         try:
             data = (self._root / path).read_bytes()
-        except OSError as error:
+        except (FileNotFoundError, NotADirectoryError) as error:
             raise CorruptionError(path, "must be there: it was committed", error, _HINT) from error
+        except OSError as error:
+            raise CacheError(path, "cannot be read", error, UNREADABLE) from error
         if len(data) != record.size:
             raise CorruptionError(path, f"must have {record.size} bytes", len(data), _HINT)
         if _digest(path, data) != record.digest:

@@ -23,12 +23,12 @@ from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec
 from zarr.storage import MemoryStore
 
 from teacher_cache.encodings import Columns, Part
-from teacher_cache.errors import CorruptionError
+from teacher_cache.errors import CacheError, CorruptionError
 from teacher_cache.storage.base import Grid, Group
-from teacher_cache.storage.files import FileRecord, crc32c
+from teacher_cache.storage.files import UNREADABLE, FileRecord, crc32c
 
 _CRC = 4
-_HINT = "Run `teacher-cache verify` to see the extent, delete the shard's receipt and build again."
+_HINT = "Run `teacher-cache verify` to see the extent; restore the file, or remove the cache and build again."
 
 
 @dataclass(frozen=True)
@@ -166,8 +166,11 @@ class MappedShard:
         path = shard_path(self._group, part, self._shard)
         try:
             raw = np.memmap(self._root / path, np.uint8, "r")
-        except (OSError, ValueError) as error:
-            raise CorruptionError(path, "must be there: it was committed", error, _HINT) from error
+        except (FileNotFoundError, NotADirectoryError, ValueError) as error:
+            # ValueError: an empty file cannot be mapped.
+            raise CorruptionError(path, "must be there, and not empty: it was committed", error, _HINT) from error
+        except OSError as error:
+            raise CacheError(path, "cannot be read", error, UNREADABLE) from error
         if raw.size != layout.size:
             raise CorruptionError(path, f"must have {layout.size} bytes", raw.size, _HINT)
         stride = layout.chunk_bytes + _CRC

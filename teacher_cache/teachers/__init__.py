@@ -12,7 +12,7 @@ from torch import nn
 
 from teacher_cache.errors import TeacherError
 from teacher_cache.fingerprint import bytes_digest
-from teacher_cache.imports import import_attribute
+from teacher_cache.imports import import_attribute, torchvision_model
 from teacher_cache.spec import NormalizeSpec, TeacherSpec
 from teacher_cache.teachers.base import Teacher
 from teacher_cache.teachers.torch_teacher import ExportedModule, TorchTeacher
@@ -69,7 +69,7 @@ def _load_module(spec: TeacherSpec) -> tuple[nn.Module, dict[str, Any]]:
         return _exported(spec)
     kind, _, name = spec.model.partition(":")
     if kind == "torchvision":
-        module = _torchvision(name, spec)
+        module = _called(lambda **arguments: torchvision_model(name, arguments, "teacher.model"), spec)
     elif kind == "timm":
         module = _timm(name, spec)
     else:
@@ -78,14 +78,6 @@ def _load_module(spec: TeacherSpec) -> tuple[nn.Module, dict[str, Any]]:
         load_into(module, spec.weights)
     module.eval()
     return module, {"reference": spec.model, "state": state_digest(module)}
-
-
-def _torchvision(name: str, spec: TeacherSpec) -> nn.Module:
-    from torchvision.models import get_model, list_models
-
-    if name not in list_models():
-        raise TeacherError("teacher.model", "is not in torchvision.models", name, "See list_models().")
-    return _called(lambda **arguments: get_model(name, **{"weights": None, **arguments}), spec)
 
 
 def _timm(name: str, spec: TeacherSpec) -> nn.Module:

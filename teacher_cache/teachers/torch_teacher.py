@@ -90,6 +90,9 @@ class TorchTeacher:
             if not isinstance(output, Tensor):
                 rule = "must be a node whose output is one tensor"
                 raise TeacherError(f"teacher.fields.{name}", rule, type(output).__name__, "Choose another node.")
+            if name in self._tapped:
+                hint = "Choose the module that holds it, or one that runs once."
+                raise TeacherError(f"teacher.fields.{name}", "runs more than once in a forward pass", node, hint)
             # A copy: an in-place ReLU that follows would overwrite the tapped tensor.
             self._tapped[name] = output.detach().clone()
 
@@ -99,6 +102,7 @@ class TorchTeacher:
     def __call__(self, views_BCHW: Tensor) -> dict[str, Tensor]:
         """uint8 views to float32 fields. Copies to and from the device are the only transfers."""
         inputs = normalize(views_BCHW.to(self._device), self._normalize).contiguous(memory_format=self._format)
+        self._tapped.clear()
         autocast = self._precision in _AUTOCAST
         dtype = _AUTOCAST.get(self._precision, torch.bfloat16)
         with torch.autocast(self._device.type, dtype=dtype, enabled=autocast):

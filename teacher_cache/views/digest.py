@@ -3,8 +3,8 @@
 Two lanes of multilinear hashing modulo 2⁶⁴ (Lemire and Kaser, "Strongly universal string hashing is fast",
 2014) over the pixels read as little-endian 64-bit words: one over the words, one over their upper halves, so
 that a difference in high bits alone reaches low bits somewhere. The multipliers are odd Philox words, so a
-change of any single word always changes the digest; a random change of several escapes with probability at
-most 2⁻³³. It guards against accidents, not against an adversary.
+change of any single word always changes the first lane; a random change of several escapes both with probability
+at most 2⁻³³. It guards against accidents, not against an adversary.
 """
 
 from __future__ import annotations

@@ -92,6 +92,8 @@ def render_views(recipe: Recipe, images: Sequence[Tensor], digests_B: NDArray[np
     shapes = sorted({tuple(image.shape) for image in views})
     if len(shapes) > 1:
         hint = "Add `resize` and `center_crop`, or `random_resized_crop`, so that all views have one size."
+        if len({shape[0] for shape in shapes}) > 1:
+            hint = "Set source.channels to 1 or 3: grey and coloured images are mixed."
         raise SpecError("views.recipe", "must bring every image to one shape", shapes[:3], hint)
     return Views(torch.stack(views), params)
 

@@ -136,7 +136,8 @@ class PadCrop:
 
     def __post_init__(self) -> None:
         _pair("size", self.size)
-        _require(self.padding >= 0, "padding", "must not be negative", self.padding)
+        whole = isinstance(self.padding, int) and self.padding >= 0
+        _require(whole, "padding", "must be a whole number, not negative", self.padding)
         _require(0 <= self.fill <= 255, "fill", "must be in 0..255", self.fill)
         modes = ("constant", "edge", "reflect", "symmetric")
         _require(self.padding_mode in modes, "padding_mode", f"is one of {modes}", self.padding_mode)

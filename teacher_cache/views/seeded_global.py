@@ -6,6 +6,7 @@ pixels may change with a release of torch or torchvision, so both versions are p
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -51,7 +52,11 @@ class SeededGlobal:
     def describe(self) -> dict[str, str]:
         """What is known of the callable: its name and the versions that its pixels depend on."""
         versions = {"torch": torch.__version__, "torchvision": torchvision.__version__}
-        return {"callable": self.reference, "repr": repr(self._callable()).split(" at 0x")[0], **versions}
+        return {
+            "callable": self.reference,
+            "repr": re.sub(r" at 0x[0-9a-fA-F]+", "", repr(self._callable())),
+            **versions,
+        }
 
     @property
     def fingerprint(self) -> str:
