@@ -193,7 +193,7 @@ class Cache:
             hint = "Give row numbers; for a mask, np.flatnonzero(mask)."
             raise SpecError("rows", "must be integers", given.dtype, hint)
         wanted = given.astype(np.int64).reshape(-1)
-        if not 0 <= view < self.views:
+        if not isinstance(view, int | np.integer) or not 0 <= view < self.views:
             raise HoleError("view", f"must be in 0..{self.views - 1}", view, "Build more views.")
         outside = (wanted < 0) | (wanted >= len(self))
         if outside.any():

@@ -328,7 +328,7 @@ class TestFiles:
         assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["c.bin"]
 
     def test_it_is_on_the_disk_before_it_is_visible(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """The file is synced, then renamed, then its folder is synced."""
+        """The file is synced, then renamed, then its folder is synced; so is the parent of a new folder, first."""
         done: list[str] = []
         real = Path.replace
 
@@ -342,7 +342,9 @@ class TestFiles:
         monkeypatch.setattr(os, "fsync", sync)
         monkeypatch.setattr(Path, "replace", replace)
         write_atomic(tmp_path, "a/b", b"x")
-        assert done == ["file", "rename", "folder"]
+        assert done == ["folder", "file", "rename", "folder"]
+        write_atomic(tmp_path, "a/b", b"y")
+        assert done[4:] == ["file", "rename", "folder"]
 
     def test_a_failed_write_leaves_the_old_file_and_no_other(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

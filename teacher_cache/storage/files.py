@@ -44,7 +44,7 @@ def write_atomic(root: Path, relative: str, data: bytes) -> None:
     final = root / relative
     temporary = final.with_name(f"{final.name}.{uuid.uuid4().hex}.tmp")
     try:
-        final.parent.mkdir(parents=True, exist_ok=True)
+        _make_folder(final.parent)
         with temporary.open("xb") as file:
             file.write(data)
             file.flush()
@@ -59,6 +59,16 @@ def write_atomic(root: Path, relative: str, data: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _make_folder(folder: Path) -> None:
+    """Makes a folder and those above it; each new name is synced into its parent, or a crash could lose it."""
+    if folder.is_dir():
+        return
+    if folder.parent != folder:
+        _make_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
+    sync_folder(folder.parent)
 
 
 def sync_folder(folder: Path) -> None:

@@ -54,8 +54,9 @@ def _require(holds: bool, name: str, rule: str, value: object) -> None:
 
 
 def _pair(name: str, size: int | tuple[int, int] | list[int]) -> tuple[int, int]:
-    pair = (size, size) if isinstance(size, int) else tuple(size)
-    _require(len(pair) == 2 and min(pair) > 0, name, "must be a positive integer or (height, width)", size)
+    pair = tuple(size) if isinstance(size, tuple | list) else (size, size)
+    whole = len(pair) == 2 and all(isinstance(edge, int) and edge > 0 for edge in pair)
+    _require(whole, name, "must be a positive integer or (height, width)", size)
     return pair[0], pair[1]
 
 
