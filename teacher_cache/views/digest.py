@@ -65,7 +65,11 @@ def pixel_digests(views_BCHW: Tensor) -> Tensor:
     spare = -flat.shape[1] % 8
     if spare:
         flat = torch.nn.functional.pad(flat, (0, spare))
-    words = flat.contiguous().view(torch.int64)
+    flat = flat.contiguous()
+    if flat.storage_offset() % 8:
+        # A slice of a larger tensor may begin anywhere; 64-bit words may not.
+        flat = flat.clone()
+    words = flat.view(torch.int64)
     first, second = _multipliers_on(words.shape[1], views_BCHW.device)
     shape = _signed((channels << 42) + (height << 21) + width)
     low = (words * first).sum(1) if words.is_cuda else words @ first
