@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -85,10 +86,6 @@ def build(spec: BuildSpec, executor: Executor = "ray", progress: Progress | None
         started = time.perf_counter()
         built = _run(root, opened, manifest, missing, executor, _Counter(progress, manifest, done))
         seconds = time.perf_counter() - started
-    except BaseException:
-        # The workers are gone by now, also after Ctrl-C: what they had half written goes too.
-        remove_temporary(root)
-        raise
     finally:
         torch.set_num_threads(threads)
     sealed = seal(root, manifest)
@@ -133,14 +130,20 @@ def _run(
     executor: Executor,
     counter: _Counter,
 ) -> int:
-    for receipt in _receipts(root, opened, manifest, missing, executor):
-        counter.add(_rows(manifest, (receipt.view, receipt.shard)))
+    try:
+        with closing(_receipts(root, opened, manifest, missing, executor)) as receipts:
+            for receipt in receipts:
+                counter.add(_rows(manifest, (receipt.view, receipt.shard)))
+    except BaseException:
+        # Closing has stopped the workers, also after Ctrl-C: what they had half written goes too.
+        remove_temporary(root)
+        raise
     return counter.built
 
 
 def _receipts(
     root: Path, opened: Opened, manifest: Manifest, missing: list[ShardId], executor: Executor
-) -> Iterator[Receipt]:
+) -> Generator[Receipt, None, None]:
     if not missing:
         return
     if executor == "serial":

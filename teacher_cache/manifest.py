@@ -7,6 +7,7 @@ Neither holds a time or a place, so two builds of one spec end with the same byt
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -83,7 +84,7 @@ class Manifest(Strict):
         """How rows are cut."""
         return Grid(self.rows, self.store.shard_rows, self.store.chunk_rows)
 
-    @property
+    @cached_property
     def encodings(self) -> dict[str, Encoding]:
         """The encoding of each field."""
         return {

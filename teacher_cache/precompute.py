@@ -12,7 +12,7 @@ import sys
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 import torch
@@ -71,24 +71,33 @@ def run_on_ray(root: Path, manifest: Manifest, spec: BuildSpec, places: list[Sha
             log_to_driver=False,
             configure_logging=False,
         )
-    count = min(count, _room(spec.compute, on_gpu))
-    pool = _Pool(root, manifest, spec, count, on_gpu)
     try:
-        yield from pool.run(places)
+        pool = _Pool(root, manifest, spec, min(count, _room(spec.compute, on_gpu)), on_gpu)
+        try:
+            yield from pool.run(places)
+        finally:
+            pool.stop()
     finally:
-        pool.stop()
         if ours:
             ray.shutdown()
 
 
 def _room(compute: ComputeSpec, on_gpu: bool) -> int:
-    """How many workers the caller's own cluster has room for; an actor without room would wait for ever."""
+    """How many workers the cluster has room for; an actor without room would wait for ever."""
     there = ray.cluster_resources()
     room = int(there.get("GPU", 0)) if on_gpu else int(there.get("CPU", 0)) // compute.threads
     if room < 1:
         hint = "Lower compute.threads, or give Ray more resources."
         raise SpecError("compute", "needs more than the running Ray cluster has", there, hint)
     return room
+
+
+class _Call(NamedTuple):
+    """One shard in flight; calls sort in the order in which they were submitted."""
+
+    number: int
+    worker: int
+    place: ShardId
 
 
 class _Pool:
@@ -102,8 +111,8 @@ class _Pool:
         self._attempts_allowed = spec.compute.attempts
         self._attempts: dict[ShardId, int] = {}
         self._workers = [self._start() for _ in range(count)]
-        self._order: dict[ShardId, int] = {}
-        self._calls: dict[Any, tuple[int, ShardId]] = {}
+        self._submitted = 0
+        self._calls: dict[Any, _Call] = {}
 
     def _start(self) -> Any:
         return self._actor.remote(*self._arguments)
@@ -116,30 +125,31 @@ class _Pool:
                 self._submit(worker, waiting)
         while self._calls:
             (ready,), _ = ray.wait(list(self._calls), num_returns=1)
-            worker, place = self._calls.pop(ready)
+            call = self._calls.pop(ready)
             try:
                 data = ray.get(ready)
             except _DEATHS as error:
-                self._bury(worker, place, waiting, error)
+                self._bury(call, waiting, error)
                 continue
             except RayTaskError as error:
                 cause = error.cause
                 raise (cause if isinstance(cause, TeacherCacheError) else error) from None
-            self._submit(worker, waiting)
-            yield Receipt.from_bytes(data, receipt_path(*place))
+            self._submit(call.worker, waiting)
+            yield Receipt.from_bytes(data, receipt_path(*call.place))
 
     def _submit(self, worker: int, waiting: deque[ShardId]) -> None:
         if waiting:
             place = waiting.popleft()
-            self._order[place] = len(self._order) if place not in self._order else max(self._order.values()) + 1
-            self._calls[self._workers[worker].run.remote(place.view, place.shard)] = (worker, place)
+            self._submitted += 1
+            reference = self._workers[worker].run.remote(place.view, place.shard)
+            self._calls[reference] = _Call(self._submitted, worker, place)
 
-    def _bury(self, worker: int, place: ShardId, waiting: deque[ShardId], error: RayError) -> None:
+    def _bury(self, dead: _Call, waiting: deque[ShardId], error: RayError) -> None:
         """Replaces a dead worker; the shard it was given first is suspected, the one behind it goes back unharmed."""
-        lost = [place, *(other for owner, other in self._calls.values() if owner == worker)]
-        lost.sort(key=self._order.__getitem__)
-        for call in [call for call, (owner, _) in self._calls.items() if owner == worker]:
-            del self._calls[call]
+        behind = {reference: call for reference, call in self._calls.items() if call.worker == dead.worker}
+        for reference in behind:
+            del self._calls[reference]
+        lost = [call.place for call in sorted([dead, *behind.values()])]
         oldest = lost[0]
         self._attempts[oldest] = self._attempts.get(oldest, 0) + 1
         if self._attempts[oldest] >= self._attempts_allowed:
@@ -147,9 +157,9 @@ class _Pool:
             hint = "Run with --executor serial to see why; memory is the usual reason."
             raise BuildError(name, f"killed its worker {self._attempts[oldest]} times", error, hint) from error
         waiting.extendleft(reversed(lost))
-        self._workers[worker] = self._start()
+        self._workers[dead.worker] = self._start()
         for _ in range(_IN_FLIGHT):
-            self._submit(worker, waiting)
+            self._submit(dead.worker, waiting)
 
     def stop(self) -> None:
         """Kills the workers; a shard that is half written has a temporary name only."""

@@ -52,7 +52,7 @@ class VerifyReport:
 def verify(path: str | Path, recompute: int = 0, views: int = 0, source: SourceSpec | None = None) -> VerifyReport:
     """Checks a cache.
 
-    Structure, tables, every file's length and CRC-32C at its place, holes and stray files, always; on request a
+    Structure, tables, every file's length and checksums at its place, holes and stray files, always; on request a
     seeded sample of views rendered again, and of rows asked of the teacher again.
 
     Args:
