@@ -2,20 +2,51 @@
 
 from __future__ import annotations
 
+import struct
+import warnings
+from collections.abc import Callable
+
+import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from strategies import SEEDS
+from torch import Tensor
 
+from teacher_cache.views import digest
 from teacher_cache.views.digest import as_unsigned, pixel_digests
+from teacher_cache.views.philox import philox4x32
 
 SHAPES = st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 9))
+LARGE_SHAPES = st.tuples(st.integers(1, 4), st.integers(120, 260), st.integers(120, 260))
+"""14 kB to 270 kB an image: below and above the 8,192 words that NumPy's `einsum` converts at once."""
 
 
-def images(seed: int, batch: int, shape: tuple[int, int, int]) -> torch.Tensor:
+def images(seed: int, batch: int, shape: tuple[int, int, int]) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, 256, (batch, *shape), dtype=torch.uint8, generator=generator)
+
+
+def window(views: Tensor) -> Tensor:
+    return torch.nn.functional.pad(views, (1, 2, 3, 0))[:, :, 3:, 1:-2]
+
+
+def shifted(views: Tensor, offset: int) -> Tensor:
+    return views.new_empty(views.numel() + offset)[offset:].view(views.shape).copy_(views)
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": torch.clone,
+    "channels last": lambda views: views.contiguous(memory_format=torch.channels_last),
+    "window": window,
+    "begins at 1": lambda views: shifted(views, 1),
+    "begins at 8": lambda views: shifted(views, 8),
+    "every second view": lambda views: views.repeat_interleave(2, 0)[::2],
+    "rows of odd length": lambda views: torch.nn.functional.pad(views.flatten(1), (0, 1))[:, :-1].view(views.shape),
+    "transposed in memory": lambda views: views.transpose(0, 3).contiguous().transpose(0, 3),
+}
+"""The same pixels otherwise in memory."""
 
 
 @given(seed=SEEDS, shape=SHAPES, data=st.data())
@@ -58,14 +89,95 @@ def test_padding_is_not_pixels(batch: int, shape: tuple[int, int, int], more: in
 
 
 @given(seed=SEEDS, batch=st.integers(1, 7), shape=SHAPES)
-def test_it_does_not_depend_on_the_batch_or_on_strides(seed: int, batch: int, shape: tuple[int, int, int]) -> None:
-    """One at a time, together, channels-last and as a window into a larger tensor: the same digests."""
+def test_it_does_not_depend_on_the_batch(seed: int, batch: int, shape: tuple[int, int, int]) -> None:
+    """One at a time and together: the same digests."""
     views = images(seed, batch, shape)
-    together = pixel_digests(views)
-    assert torch.equal(together, torch.cat([pixel_digests(view[None]) for view in views]))
-    assert torch.equal(together, pixel_digests(views.contiguous(memory_format=torch.channels_last)))
-    wide = torch.nn.functional.pad(views, (1, 2, 3, 0))
-    assert torch.equal(together, pixel_digests(wide[:, :, 3:, 1 : 1 + shape[2]]))
+    assert torch.equal(pixel_digests(views), torch.cat([pixel_digests(view[None]) for view in views]))
+
+
+def documented(view_CHW: Tensor) -> int:
+    """The digest as FORMAT.md has it, in Python's own integers."""
+
+    def mix(value: int) -> int:
+        for multiplier in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
+            value = (value ^ value >> 33) * multiplier % 2**64
+        return value ^ value >> 33
+
+    data = view_CHW.contiguous().numpy().tobytes()
+    words = [word for (word,) in struct.iter_unpack("<Q", data + bytes(-len(data) % 8))]
+    counter = np.zeros((len(words), 4), np.uint32)
+    counter[:, 0] = np.arange(len(words))
+    random = philox4x32(counter, (0x7E4C4E52, 0x0D16E575)).tolist()
+    low = sum(word * (r[0] | r[1] << 32 | 1) for word, r in zip(words, random, strict=True))
+    high = sum((word >> 32) * (r[2] | r[3] << 32 | 1) for word, r in zip(words, random, strict=True))
+    channels, height, width = view_CHW.shape
+    shape = (channels << 42) + (height << 21) + width
+    return mix((low + shape) % 2**64) ^ mix((high + shape * 0xFF51AFD7ED558CCD + 1) % 2**64)
+
+
+def check_both_paths(views: Tensor, layout: str, sample: slice = slice(None)) -> None:
+    """What NumPy, torch and, for the views of `sample`, FORMAT.md say of the pixels in a layout; they stay as is."""
+    laid = LAYOUTS[layout](views)
+    found = pixel_digests(laid)
+    _, channels, height, width = views.shape
+    assert torch.equal(found, digest._torch_digests(laid, (channels << 42) + (height << 21) + width))
+    assert as_unsigned(found)[sample].tolist() == [documented(view) for view in views[sample]]
+    assert torch.equal(laid, views)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@given(seed=SEEDS, batch=st.integers(0, 7), shape=SHAPES)
+@example(seed=0, batch=1, shape=(1, 1, 8))
+@example(seed=0, batch=0, shape=(3, 5, 7))
+def test_numpy_and_torch_give_the_documented_integers(
+    layout: str, seed: int, batch: int, shape: tuple[int, int, int]
+) -> None:
+    """Any strides, any first byte, no views at all: neither path sees more than the pixels."""
+    check_both_paths(images(seed, batch, shape), layout)
+
+
+@given(seed=SEEDS, batch=st.integers(1, 5), shape=LARGE_SHAPES, layout=st.sampled_from(sorted(LAYOUTS)))
+@example(seed=0, batch=3, shape=(3, 224, 224), layout="contiguous")
+@example(seed=0, batch=2, shape=(1, 256, 256), layout="begins at 1")
+def test_large_images(seed: int, batch: int, shape: tuple[int, int, int], layout: str) -> None:
+    check_both_paths(images(seed, batch, shape), layout, slice(-1, None))
+
+
+@given(batch=st.integers(1, 3), shape=LARGE_SHAPES)
+def test_white_images(batch: int, shape: tuple[int, int, int]) -> None:
+    """Every bit set: no sum may saturate, no shift may keep a sign."""
+    check_both_paths(torch.full((batch, *shape), 255, dtype=torch.uint8), "contiguous", slice(1))
+
+
+@pytest.mark.parametrize("made", [True, False], ids=["inference first", "inference last"])
+def test_inference_mode(made: bool) -> None:
+    """Tensors of inference mode, and multipliers that were first needed there, are ordinary elsewhere."""
+    views = images(5, 2, (3, 5, 7))
+    expected = [documented(view) for view in views]
+    digest._multipliers.cache_clear()
+    for inference in (made, not made):
+        with torch.inference_mode(inference):
+            given = views.clone()
+            assert as_unsigned(pixel_digests(given)).tolist() == expected
+            assert as_unsigned(digest._torch_digests(given, (3 << 42) + (5 << 21) + 7)).tolist() == expected
+
+
+def test_pixels_that_may_not_be_written() -> None:
+    """Memory that belongs to a read-only array (a memory-mapped shard, for one)."""
+    array = images(5, 2, (3, 4, 4)).numpy()
+    array.flags.writeable = False
+    with warnings.catch_warnings(action="ignore"):
+        views = torch.from_numpy(array)
+    assert as_unsigned(pixel_digests(views)).tolist() == [documented(view) for view in views]
+
+
+def test_results_are_not_shared() -> None:
+    """A later call does not change what an earlier one gave."""
+    views = images(5, 2, (3, 4, 4))
+    first = pixel_digests(views)
+    kept = first.clone()
+    pixel_digests(255 - views)
+    assert torch.equal(first, kept)
 
 
 def test_golden_values() -> None:
@@ -96,15 +208,10 @@ def test_other_tensors_are_refused(wrong: torch.Tensor) -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@given(seed=SEEDS, batch=st.integers(1, 7), shape=SHAPES)
-def test_a_gpu_gives_the_same_integers(seed: int, batch: int, shape: tuple[int, int, int]) -> None:
+@given(seed=SEEDS, batch=st.integers(0, 7), shape=SHAPES | LARGE_SHAPES, layout=st.sampled_from(sorted(LAYOUTS)))
+def test_a_gpu_gives_the_same_integers(seed: int, batch: int, shape: tuple[int, int, int], layout: str) -> None:
+    """On the GPU, and they stay there."""
     views = images(seed, batch, shape)
-    assert torch.equal(pixel_digests(views), pixel_digests(views.cuda()).cpu())
-
-
-def test_a_slice_that_begins_anywhere() -> None:
-    """Contiguous, but not at a multiple of eight bytes: found by Hypothesis once in many runs."""
-    pixels = torch.arange(10 * 8, dtype=torch.uint8).view(10, 1, 1, 8)
-    shifted = torch.empty(81, dtype=torch.uint8)[1:].view(10, 1, 1, 8).copy_(pixels)
-    assert shifted.storage_offset() == 1
-    assert torch.equal(pixel_digests(shifted), pixel_digests(pixels))
+    found = pixel_digests(LAYOUTS[layout](views.cuda()))
+    assert found.is_cuda
+    assert torch.equal(found.cpu(), pixel_digests(views))

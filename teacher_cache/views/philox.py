@@ -6,14 +6,27 @@ arithmetic only, vectorised over addresses; tested against the known answers of 
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 from numpy.typing import NDArray
 
-_MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
 _LOW = np.uint64(0xFFFFFFFF)
 _SHIFT = np.uint64(32)
+_AT_ONCE = 2048
+"""Addresses in one pass: their words stay in the processor's cache, and so do the repeated constants."""
+_FIXED = 2**16
+
+
+@lru_cache(maxsize=64)
+def _constants(key: tuple[int, int], count: int) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+    """Multipliers [2·B] of (c0, c2), and the keys [rounds, 2·B] of (c2, c0), each repeated for every address."""
+    multipliers = np.repeat(np.array(_MULTIPLIERS, np.uint64), count)
+    keys = [[key[place] + number * _WEYL[place] & 0xFFFFFFFF for place in (1, 0)] for number in range(_ROUNDS)]
+    return multipliers, np.repeat(np.array(keys, np.uint64), count, axis=1)
 
 
 def philox4x32(counter_B4: NDArray[np.uint32], key: tuple[int, int]) -> NDArray[np.uint32]:
@@ -26,19 +39,50 @@ def philox4x32(counter_B4: NDArray[np.uint32], key: tuple[int, int]) -> NDArray[
     Returns:
         uint32 [B, 4]: four random words for each address.
     """
-    c0, c1, c2, c3 = (counter_B4[:, i].astype(np.uint64) for i in range(4))
-    k0, k1 = key
-    for _ in range(_ROUNDS):
-        product0 = _MULTIPLIERS[0] * c0
-        product1 = _MULTIPLIERS[1] * c2
-        c0, c1, c2, c3 = (
-            (product1 >> _SHIFT) ^ c1 ^ np.uint64(k0),
-            product1 & _LOW,
-            (product0 >> _SHIFT) ^ c3 ^ np.uint64(k1),
-            product0 & _LOW,
-        )
-        k0, k1 = (k0 + _WEYL[0]) & 0xFFFFFFFF, (k1 + _WEYL[1]) & 0xFFFFFFFF
-    return np.stack([c0, c1, c2, c3], axis=1).astype(np.uint32)
+    if len(counter_B4) <= _AT_ONCE:
+        return _rounds(counter_B4, key)
+    parts = [_rounds(counter_B4[i : i + _AT_ONCE], key) for i in range(0, len(counter_B4), _AT_ONCE)]
+    return np.concatenate(parts)
+
+
+def _rounds(counter_B4: NDArray[np.uint32], key: tuple[int, int]) -> NDArray[np.uint32]:
+    # Halves of a round in one array, in place, nothing broadcast: NumPy's calls are what a small batch costs.
+    count = len(counter_B4)
+    even, product = np.empty(2 * count, np.uint64), np.empty(2 * count, np.uint64)
+    even[:count], even[count:] = counter_B4[:, 0], counter_B4[:, 2]
+    odd, low = np.empty(2 * count, np.uint64), np.empty(2 * count, np.uint64)
+    odd[count:], odd[:count] = counter_B4[:, 1], counter_B4[:, 3]
+    multipliers, rounds = _constants(key, count)
+    for keys in rounds:
+        np.multiply(even, multipliers, product)
+        np.bitwise_and(product, _LOW, low)
+        np.right_shift(product, _SHIFT, product)
+        np.bitwise_xor(product, odd, odd)
+        np.bitwise_xor(odd, keys, odd)
+        # `odd` holds (c2, c0) of the next round and `low` (c3, c1): one swap of halves sets both right.
+        even[:count], even[count:] = odd[count:], odd[:count]
+        odd, low = low, odd
+    words_B4 = np.empty((count, 4), np.uint32)
+    words_B4[:, 0], words_B4[:, 2] = even[:count], even[count:]
+    words_B4[:, 1], words_B4[:, 3] = odd[count:], odd[:count]
+    return words_B4
+
+
+def _counters(
+    digests_B: NDArray[np.uint64], view: int | NDArray[np.uint32], operation: int, first: int, blocks: int
+) -> NDArray[np.uint32]:
+    """Counters [B, blocks, 4]: (digest low, digest high, view, operation · 2¹⁶ + block)."""
+    counter = np.empty((len(digests_B), blocks, 4), np.uint32)
+    counter[:, :, 0] = (digests_B & _LOW)[:, None]
+    counter[:, :, 1] = (digests_B >> _SHIFT)[:, None]
+    counter[:, :, 2] = view if isinstance(view, int) else view[:, None]
+    counter[:, :, 3] = (operation << 16) + np.arange(first, first + blocks)
+    return counter
+
+
+def _require_address(view: int, operation: int, blocks: int, seed: int) -> None:
+    if not (0 <= view < 2**32 and 0 <= operation < 2**16 and 0 <= blocks < 2**16 and 0 <= seed < 2**64):
+        raise ValueError(f"address outside its range: {view=} {operation=} {blocks=} {seed=}")
 
 
 def view_words(digests_B: NDArray[np.uint64], view: int, operation: int, blocks: int, seed: int) -> NDArray[np.uint32]:
@@ -56,15 +100,61 @@ def view_words(digests_B: NDArray[np.uint64], view: int, operation: int, blocks:
     Returns:
         uint32 [B, 4 · blocks].
     """
-    if not (0 <= view < 2**32 and 0 <= operation < 2**16 and 0 <= blocks < 2**16 and 0 <= seed < 2**64):
-        raise ValueError(f"address outside its range: {view=} {operation=} {blocks=} {seed=}")
-    count = len(digests_B)
-    counter = np.empty((count, blocks, 4), np.uint32)
-    counter[:, :, 0] = (digests_B & _LOW)[:, None]
-    counter[:, :, 1] = (digests_B >> _SHIFT)[:, None]
+    _require_address(view, operation, blocks, seed)
+    counter = _counters(digests_B, view, operation, 0, blocks)
+    key = (seed & 0xFFFFFFFF, seed >> 32)
+    return philox4x32(counter.reshape(-1, 4), key).reshape(len(digests_B), 4 * blocks)
+
+
+def first_blocks(
+    digests_B: NDArray[np.uint64], view: int | NDArray[np.uint32], operations: range, seed: int
+) -> NDArray[np.uint32]:
+    """Block 0 of several operations of one view [operations, B, 4], at the cost of about one."""
+    _require_address(view if isinstance(view, int) else 0, operations.stop, 0, seed)
+    counter = np.empty((len(operations), len(digests_B), 4), np.uint32)
+    counter[:, :, 0] = digests_B & _LOW
+    counter[:, :, 1] = digests_B >> _SHIFT
     counter[:, :, 2] = view
-    counter[:, :, 3] = (operation << 16) + np.arange(blocks)
-    return philox4x32(counter.reshape(-1, 4), (seed & 0xFFFFFFFF, seed >> 32)).reshape(count, 4 * blocks)
+    counter[:, :, 3] = np.array(operations, np.uint32)[:, None] << np.uint32(16)
+    return philox4x32(counter.reshape(-1, 4), (seed & 0xFFFFFFFF, seed >> 32)).reshape(counter.shape)
+
+
+class Words:
+    """The random words of one operation of one view of many samples, made block by block as they are asked for."""
+
+    def __init__(
+        self,
+        digests_B: NDArray[np.uint64],
+        view: int | NDArray[np.uint32],
+        operation: int,
+        seed: int,
+        first_B4: NDArray[np.uint32] | None = None,
+    ) -> None:
+        """Names the addresses.
+
+        Args:
+            digests_B: uint64 [B], digests of the samples' stable keys.
+            view: one view number for all samples, or uint32 [B], one for each.
+            operation: the operation's place in the recipe.
+            seed: 64-bit root seed of the recipe.
+            first_B4: block 0, where `first_blocks` has made it already.
+        """
+        _require_address(view if isinstance(view, int) else 0, operation, 0, seed)
+        self._first = first_B4
+        self._digests, self._view, self._operation = digests_B, view, operation
+        self._key = (seed & 0xFFFFFFFF, seed >> 32)
+
+    def __len__(self) -> int:
+        return len(self._digests)
+
+    def block(self, number: int, rows: NDArray[np.intp] | None = None) -> NDArray[np.uint32]:
+        """Four words [B, 4] of each sample, or of the samples at these places only."""
+        if number == 0 and self._first is not None:
+            return self._first if rows is None else self._first[rows]
+        digests, view = self._digests, self._view
+        if rows is not None:
+            digests, view = digests[rows], view if isinstance(view, int) else view[rows]
+        return philox4x32(_counters(digests, view, self._operation, number, 1)[:, 0], self._key)
 
 
 def below(words: NDArray[np.uint32], bound: NDArray[np.int64] | int) -> NDArray[np.int64]:
@@ -84,3 +174,13 @@ def unit(words: NDArray[np.uint32]) -> NDArray[np.float64]:
 def chance(words: NDArray[np.uint32], p: float) -> NDArray[np.bool_]:
     """True with probability p, exact to 2⁻³²; p = 0 is never and p = 1 is always true."""
     return words.astype(np.uint64) < np.uint64(round(p * 2**32))
+
+
+def fixed_point(values: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Numbers that are no integers are kept as multiples of 2⁻¹⁶, halves to even."""
+    return np.rint(values * _FIXED).astype(np.int64)
+
+
+def number(fixed: int) -> float:
+    """The number behind a stored multiple of 2⁻¹⁶, exactly."""
+    return fixed / _FIXED
