@@ -5,9 +5,21 @@
 10. `train`     one flat loop
 """
 
+from student_train.cached_rows import CachedRows, OwnViews
 from student_train.objective import KD, CrossEntropy, Objective
 from student_train.recipes import TrainSpec
 from student_train.stream import Batch, ViewStream
 from student_train.train import FitResult, fit
 
-__all__ = ["KD", "Batch", "CrossEntropy", "FitResult", "Objective", "TrainSpec", "ViewStream", "fit"]
+__all__ = [
+    "KD",
+    "Batch",
+    "CachedRows",
+    "CrossEntropy",
+    "FitResult",
+    "Objective",
+    "OwnViews",
+    "TrainSpec",
+    "ViewStream",
+    "fit",
+]

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
+from student_train.data import Rendered
 from teacher_cache import Cache, Target
-from teacher_cache.spec import NormalizeSpec
-from teacher_cache.views import Views
+from teacher_cache.fingerprint import fingerprint
+from teacher_cache.loader import Decoded, ViewLoader
+from teacher_cache.proof import Tolerance
+from teacher_cache.spec import NormalizeSpec, ViewSpec
+from teacher_cache.views import Views, open_recipe
+from teacher_cache.views.student_size import at_size
 
 
-class CachedRows:
-    """Tombstones are left out, and only they; everything else about the cache must be sound."""
+class _Cached:
+    """What both kinds of cached rows share: number n reads the cached view n mod K."""
 
     def __init__(self, cache: Cache) -> None:
         self.cache = cache
         self.alive: NDArray[np.int64] = np.flatnonzero(cache.alive)
         self.labels = cache.labels
-        self.views = cache.views
         self.fields = cache.fields
-        self.fingerprint = cache.manifest.identity.whole
 
     @property
     def classes(self) -> int | None:
@@ -29,19 +34,111 @@ class CachedRows:
             return len(manifest.class_names)
         return manifest.field_shapes["logits"][0] if "logits" in manifest.field_shapes else None
 
+    def decode(self, rows: NDArray[np.int64]) -> Decoded:
+        """Decodes, and raises `MismatchError` where a sample's bytes have changed since the teacher saw it."""
+        return self.cache.decode(rows)
+
+    def read(self, field: str, number: int, rows: NDArray[np.int64]) -> Target:
+        """Verified rows from the cache."""
+        return self.cache.read(field, number % self.cache.views, rows)
+
+
+class CachedRows(_Cached):
+    """The views that the teacher saw, proven. Tombstones are left out, and only they."""
+
+    provable = True
+
+    def __init__(
+        self, cache: Cache, *, size: int | tuple[int, int] | None = None, tolerance: Tolerance = "exact"
+    ) -> None:
+        """Joins nothing yet.
+
+        Args:
+            cache: an open cache.
+            size: the student's own input size, where the recipe allows one; the teacher's if not given.
+            tolerance: `exact`, or `rounding` to go on where another library or processor rounds otherwise.
+
+        Raises:
+            SpecError: the recipe does not allow another size.
+        """
+        super().__init__(cache)
+        self.views: int = cache.views
+        self._tolerance, self._size = tolerance, size
+        self._resized = None if size is None else at_size(cache.recipe, size)
+        self._digests: dict[int, NDArray[np.uint64]] = {}
+
+    @property
+    def fingerprint(self) -> str:
+        """The cache's identity, and the student's size where it has its own."""
+        whole = self.cache.manifest.identity.whole
+        if self._resized is None:
+            return whole
+        return fingerprint("cached-rows", 1, {"cache": whole, "size": self._resized.after})
+
     @property
     def normalize(self) -> NormalizeSpec | None:
         """What the recipe says; the teacher's own normalisation is the teacher's."""
         return self.cache.recipe.normalize
 
-    def render(self, view: int, rows: NDArray[np.int64], check: int) -> Views:
-        """Renders, and raises `ViewMismatch` when one of the first `check` views is not what the teacher saw."""
-        rendered = self.cache.render_views(view, rows)
-        if check:
-            head = Views(rendered.pixels_BCHW[:check], rendered.params_BP[:check])
-            self.cache.check_views(view, rows[:check], head)
-        return rendered
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_digests": {}}
 
-    def read(self, field: str, view: int, rows: NDArray[np.int64]) -> Target:
-        """Verified rows from the cache."""
-        return self.cache.read(field, view, rows)
+    def render(self, decoded: Decoded, number: int, check: NDArray[np.int64]) -> Rendered:
+        """Renders, and raises `ViewMismatch` when a checked view is not what the teacher saw."""
+        view = number % self.views
+        rendered = self.cache.render_views(view, decoded, self._resized)
+        if len(check):
+            self._check(view, decoded, rendered, check)
+        return Rendered(view, rendered, self.cache.loader.partner_rows(rendered))
+
+    def _check(self, view: int, decoded: Decoded, rendered: Views, places: NDArray[np.int64]) -> None:
+        if self._resized is None:
+            proven = Views(rendered.pixels_BCHW[places], rendered.params_BP[places])
+        else:
+            # At another size pixels cannot be compared: the checked rows are rendered once more, at the teacher's.
+            images = [decoded.images[place] for place in places]
+            some = Decoded(decoded.rows[places], images, decoded.content[places], [])
+            proven = self.cache.render_views(view, some)
+        rows = decoded.rows[places]
+        if (proven.digests() != self._known(view)[rows]).any():
+            self.cache.check_views(view, rows, proven, self._tolerance)
+
+    def _known(self, view: int) -> NDArray[np.uint64]:
+        """The digests of one view by row number, read at once: a batch's own few would cost more than their proof."""
+        if view not in self._digests:
+            known = np.zeros(len(self.cache), np.uint64)
+            known[self.alive] = self.cache.digests(view, self.alive)
+            self._digests[view] = known
+            while len(self._digests) > _KEPT:
+                del self._digests[next(iter(self._digests))]
+        return self._digests[view]
+
+
+_KEPT = 8
+"""Views whose digests are kept at hand, 8 bytes a row each."""
+
+
+class OwnViews(_Cached):
+    """Answers from a cache, views from the student's own recipe: the fixed and the independent teacher.
+
+    Number n shows view n of the student's recipe beside the cached view n mod K: with K = 1 the teacher is fixed,
+    with more it is independent of the student (Beyer et al., "Knowledge distillation: a good teacher is patient and
+    consistent", 2022, section 3.1). There is nothing to prove: these are not the views that the teacher saw.
+    """
+
+    provable = False
+
+    def __init__(self, cache: Cache, views: ViewSpec) -> None:
+        super().__init__(cache)
+        recipe = open_recipe(views)
+        self.views: int | None = None if recipe.random else cache.views
+        self.normalize = recipe.normalize
+        self._loader = ViewLoader(recipe, cache.key_digests, cache.item)
+        identity = {"cache": cache.manifest.identity.whole, "view": recipe.view_fingerprint}
+        self.fingerprint = fingerprint("own-views", 1, identity)
+
+    def render(self, decoded: Decoded, number: int, check: NDArray[np.int64]) -> Rendered:
+        """Renders the student's own view."""
+        assert not len(check), "the stream knows that these views are not provable"
+        views = self._loader.views(decoded, number)
+        return Rendered(number, views, self._loader.partner_rows(views))

@@ -12,8 +12,8 @@ from typing import Any
 
 from scipy.stats import t as student_t
 
-from student_train.recipes import CompareSpec
-from student_train.run import open_data, train_one
+from student_train.recipes import ArmSpec, CompareSpec, RunSpec
+from student_train.run import Opened, open_data, train_one
 from teacher_cache.storage import write_atomic
 
 Progress = Callable[[str, int, dict[str, float]], None]
@@ -70,14 +70,19 @@ def compare(spec: CompareSpec, progress: Progress | None = None) -> Comparison:
 
     Writes `result.json` into the run's folder, and each cell into `<run>/<arm>/seed-<n>`.
     """
-    opened = open_data(spec)
+    arms = {name: _of_arm(spec, arm) for name, arm in spec.arms.items()}
+    shared: dict[str, Opened] = {}
+    for run in arms.values():
+        # Arms over the same data share it: opening may mean reading a data set into memory.
+        key = run.data.model_dump_json()
+        shared[key] = shared.get(key) or open_data(run)
     accuracy: dict[str, list[float]] = {arm: [] for arm in spec.arms}
     history: dict[str, list[list[dict[str, float]]]] = {arm: [] for arm in spec.arms}
     for seed in spec.seeds:
-        for arm, terms in spec.arms.items():
+        for arm, run in arms.items():
             folder = Path(spec.run) / arm / f"seed-{seed}"
             log = (lambda entry, arm=arm, seed=seed: progress(arm, seed, entry)) if progress else None
-            result = train_one(spec, opened, terms, seed, folder, log)
+            result = train_one(run, shared[run.data.model_dump_json()], spec.arms[arm].objective, seed, folder, log)
             accuracy[arm].append(result.history[-1]["accuracy"])
             history[arm].append(result.history)
     first = next(iter(spec.arms))
@@ -85,6 +90,12 @@ def compare(spec: CompareSpec, progress: Progress | None = None) -> Comparison:
     comparison = Comparison(accuracy, history, differences, spec)
     write_atomic(Path(spec.run), "result.json", json.dumps(comparison.to_json(), allow_nan=False).encode())
     return comparison
+
+
+def _of_arm(spec: CompareSpec, arm: ArmSpec) -> RunSpec:
+    """The run as one arm trains it."""
+    changes = {name: value for name in ("data", "normalize") if (value := getattr(arm, name)) is not None}
+    return spec.model_copy(update=changes)
 
 
 def difference(arm: str, values: Sequence[float], against: str, others: Sequence[float]) -> Difference:

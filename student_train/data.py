@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -10,15 +11,29 @@ from numpy.typing import NDArray
 from teacher_cache.encodings import Target
 from teacher_cache.errors import MismatchError, SpecError
 from teacher_cache.fingerprint import fingerprint, key_digests
-from teacher_cache.sources import BrokenSample, open_source, source_fingerprint
+from teacher_cache.loader import Decoded, ViewLoader
+from teacher_cache.sources import open_source, source_fingerprint
 from teacher_cache.spec import NormalizeSpec, SourceSpec, ViewSpec
-from teacher_cache.views import Views, open_recipe, render_views
+from teacher_cache.views import Views, open_recipe
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """One view of some decoded rows."""
+
+    view: int
+    """Its number."""
+    views: Views
+    partner_rows: NDArray[np.int64] | None
+    """With which rows they are mixed, where the recipe mixes."""
 
 
 class Rows(Protocol):
-    """What a stream needs of its data; `teacher_cache.Cache` (through `CachedRows`) and `LabelledRows` offer it.
+    """What a stream needs of its data: `CachedRows`, `OwnViews` and `LabelledRows` offer it.
 
-    Deterministic and picklable; a cache is opened again in every worker process, a source travels there.
+    A stream counts the views that it shows of each row: 0, 1, 2, …; which view of the recipe, and which cached
+    answer, belongs to a number is the data's affair. Deterministic and picklable; a cache is opened again in every
+    worker process, a source travels there.
     """
 
     @property
@@ -35,11 +50,15 @@ class Rows(Protocol):
 
     @property
     def views(self) -> int | None:
-        """How many views of each row there are; None when any view number can be rendered."""
+        """How many different views of each row there are; None when any number can be rendered."""
 
     @property
     def fields(self) -> tuple[str, ...]:
         """The fields that `read` knows."""
+
+    @property
+    def provable(self) -> bool:
+        """Whether the views are the teacher's, so that they can be compared with what it saw."""
 
     @property
     def fingerprint(self) -> str:
@@ -49,10 +68,13 @@ class Rows(Protocol):
     def normalize(self) -> NormalizeSpec | None:
         """What the recipe says of normalisation."""
 
-    def render(self, view: int, rows: NDArray[np.int64], check: int) -> Views:
-        """The views of some rows; the first `check` of them are compared with what the teacher saw."""
+    def decode(self, rows: NDArray[np.int64]) -> Decoded:
+        """Decodes rows, once for any number of their views."""
 
-    def read(self, field: str, view: int, rows: NDArray[np.int64]) -> Target:
+    def render(self, decoded: Decoded, number: int, check: NDArray[np.int64]) -> Rendered:
+        """One view of decoded rows; those at the places `check` are compared with what the teacher saw."""
+
+    def read(self, field: str, number: int, rows: NDArray[np.int64]) -> Target:
         """The cached answers for some rows."""
 
 
@@ -62,30 +84,37 @@ class LabelledRows:
     Any view number can be rendered, so each epoch can have a fresh view.
     """
 
+    provable = False
+    fields: tuple[str, ...] = ()
+
     def __init__(self, source: SourceSpec, views: ViewSpec) -> None:
-        self._source, self._recipe = open_source(source), open_recipe(views)
-        self._digests = key_digests(self._source.keys)
-        self.alive: NDArray[np.int64] = np.arange(len(self._source))
-        self.labels = self._source.labels
-        self.classes = len(self._source.class_names) if self._source.class_names else None
-        self.views = None if self._recipe.random else 1
-        self.fields: tuple[str, ...] = ()
-        self.normalize = self._recipe.normalize
-        identity = {"source": source_fingerprint(self._source), "view": self._recipe.view_fingerprint}
+        opened, recipe = open_source(source), open_recipe(views)
+        self._keys = opened.keys
+        self._loader = ViewLoader(recipe, key_digests(opened.keys), opened.item)
+        self.alive: NDArray[np.int64] = np.arange(len(opened))
+        self.labels = opened.labels
+        self.classes = len(opened.class_names) if opened.class_names else None
+        self.views = None if recipe.random else 1
+        self.normalize = recipe.normalize
+        identity = {"source": source_fingerprint(opened), "view": recipe.view_fingerprint}
         self.fingerprint = fingerprint("labelled-rows", 1, identity)
 
-    def render(self, view: int, rows: NDArray[np.int64], check: int) -> Views:
-        """Decodes and renders; there is no teacher whose views `check` could compare with."""
-        images = []
-        for row in rows.tolist():
-            try:
-                images.append(self._source.item(row).image_CHW)
-            except BrokenSample as broken:
-                hint = "Remove it from the source: without a cache there are no tombstones."
-                raise SpecError(self._source.keys[row], "must be decodable", broken, hint) from broken
-        return render_views(self._recipe, images, self._digests[rows], view)
+    def decode(self, rows: NDArray[np.int64]) -> Decoded:
+        """Every row must be decodable: without a cache there are no tombstones."""
+        decoded = self._loader.decode(rows)
+        for row, reason in decoded.broken:
+            hint = "Remove it from the source: without a cache there are no tombstones."
+            raise SpecError(self._keys[row], "must be decodable", reason, hint)
+        return decoded
 
-    def read(self, field: str, view: int, rows: NDArray[np.int64]) -> Target:
+    def render(self, decoded: Decoded, number: int, check: NDArray[np.int64]) -> Rendered:
+        """Renders; the stream asks for no check, as there is no teacher."""
+        assert not len(check), "the stream knows that these views are not provable"
+        view = 0 if self.views == 1 else number
+        views = self._loader.views(decoded, view)
+        return Rendered(view, views, self._loader.partner_rows(views))
+
+    def read(self, field: str, number: int, rows: NDArray[np.int64]) -> Target:
         """Always refused: there is no cache."""
         hint = "Give the stream a cache that holds it."
         raise MismatchError("field", "cannot be read without a cache", field, hint)

@@ -45,7 +45,7 @@ def _positive(name: str, value: float) -> None:
 
 @dataclass(frozen=True)
 class CrossEntropy:
-    """Cross-entropy with the hard labels, always at T = 1."""
+    """Cross-entropy with the hard labels, always at T = 1; of a mixed view with both, each by its share."""
 
     weight: float = 1.0
     label_smoothing: float = 0.0
@@ -63,7 +63,15 @@ class CrossEntropy:
 
     def __call__(self, logits_BC: Tensor, batch: Batch) -> Tensor:
         assert batch.labels_B is not None, "the objective was checked against the data"
-        return functional.cross_entropy(logits_BC, batch.labels_B, label_smoothing=self.label_smoothing)
+        own_B = self._each(logits_BC, batch.labels_B)
+        if batch.mixing is None:
+            return own_B.mean()
+        assert batch.mixing.labels_B is not None, "partners come from the rows, which have labels"
+        shares_B, partners_B = batch.mixing.shares_B, self._each(logits_BC, batch.mixing.labels_B)
+        return (shares_B * own_B + (1 - shares_B) * partners_B).mean()
+
+    def _each(self, logits_BC: Tensor, labels_B: Tensor) -> Tensor:
+        return functional.cross_entropy(logits_BC, labels_B, label_smoothing=self.label_smoothing, reduction="none")
 
 
 @dataclass(frozen=True)

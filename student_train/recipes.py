@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, assert_never
 from pydantic import Field, model_validator
 
 from student_train.objective import KD, CrossEntropy, Objective, Term
+from teacher_cache.proof import Tolerance
 from teacher_cache.spec import NormalizeSpec, SourceSpec, Strict, ViewSpec
 
 
@@ -49,7 +50,8 @@ class TrainSpec(Strict):
     weight_decay: float = Field(default=5e-4, ge=0)
     schedule: Literal["cosine", "constant"] = "cosine"
     drop_last: bool = True
-    check_views: int = Field(default=2, ge=0, description="views of each batch compared with the teacher's")
+    check_views: int | None = Field(default=None, ge=0, description="views of each batch compared with the teacher's")
+    views_per_decode: int = Field(default=1, gt=0, description="views of one row in a batch, from one decoding")
     workers: int = Field(default=0, ge=0, description="processes that prepare batches")
     threads: int | None = Field(default=None, gt=0, description="torch threads; tiny students run fastest with 1")
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -60,14 +62,19 @@ class DataSpec(Strict):
 
     cache: str | None = None
     source: SourceSpec | None = Field(default=None, description="with `cache`: where the data set is now")
-    views: ViewSpec | None = None
+    views: ViewSpec | None = Field(default=None, description="with `cache`: the student's own, not the teacher's")
+    size: int | tuple[int, int] | None = Field(default=None, description="the student's own input size")
+    tolerance: Tolerance = Field(default="exact", description="`rounding`: views may be one level of 255 away")
 
     @model_validator(mode="after")
-    def _one_of_two(self) -> DataSpec:
-        if (self.cache is None) == (self.views is None):
+    def _fits(self) -> DataSpec:
+        if self.cache is None and (self.source is None or self.views is None):
             raise ValueError("give either `cache`, or `source` and `views`")
-        if self.cache is None and self.source is None:
-            raise ValueError("give `source` beside `views`")
+        if (self.cache is None or self.views is not None) and (self.size is not None or self.tolerance != "exact"):
+            raise ValueError("`size` and `tolerance` are for the views that the teacher saw: leave out `views`")
+        sizes = self.size if isinstance(self.size, tuple) else (self.size or 1,)
+        if min(sizes) < 1:
+            raise ValueError("`size` must be above 0")
         return self
 
 
@@ -96,10 +103,23 @@ class FitSpec(RunSpec):
     seed: int = Field(default=0, ge=0, lt=2**32)
 
 
-class CompareSpec(RunSpec):
-    """Several arms, each with every seed; equal seeds share initial weights, order and views."""
+class ArmSpec(Strict):
+    """One way of training that is compared: an objective, and data where it is not the run's."""
 
-    arms: dict[str, ObjectiveSpec] = Field(min_length=2, description="the first is what others are held against")
+    objective: ObjectiveSpec
+    data: DataSpec | None = Field(default=None, description="the run's `data` where not given")
+    normalize: NormalizeSpec | None = Field(default=None, description="the run's where not given")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bare_objective(cls, value: Any) -> Any:
+        return {"objective": value} if isinstance(value, list | tuple) else value
+
+
+class CompareSpec(RunSpec):
+    """Several arms, each with every seed; equal seeds share initial weights and order."""
+
+    arms: dict[str, ArmSpec] = Field(min_length=2, description="the first is what others are held against")
     seeds: tuple[int, ...] = Field(default=(0, 1, 2), min_length=2)
 
 

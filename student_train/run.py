@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from student_train.cached_rows import CachedRows
+from student_train.cached_rows import CachedRows, OwnViews
 from student_train.checkpoint import save_model
 from student_train.data import LabelledRows, Rows
 from student_train.evaluate import accuracy
@@ -41,7 +41,10 @@ def open_data(spec: RunSpec) -> Opened:
 
 def _open_rows(spec: DataSpec) -> Rows:
     if spec.cache is not None:
-        return CachedRows(Cache(spec.cache, spec.source))
+        cache = Cache(spec.cache, spec.source)
+        if spec.views is not None:
+            return OwnViews(cache, spec.views)
+        return CachedRows(cache, size=spec.size, tolerance=spec.tolerance)
     assert spec.source is not None, "the spec has checked it"
     assert spec.views is not None, "the spec has checked it"
     return LabelledRows(spec.source, spec.views)
@@ -68,6 +71,7 @@ def train_one(
         seed=seed,
         drop_last=spec.train.drop_last,
         check_views=spec.train.check_views,
+        views_per_decode=spec.train.views_per_decode,
         workers=spec.train.workers,
     )
     normalization = spec.normalize or opened.train.normalize
@@ -104,7 +108,7 @@ def _student(spec: RunSpec, opened: Opened, seed: int) -> nn.Module:
     if classes is None:
         hint = "Give the source class_names."
         raise SpecError("data", "must tell how many classes there are", None, hint)
-    channels = opened.test.render(0, opened.test.alive[:1], 0).pixels_BCHW.shape[1]
+    channels = opened.test.decode(opened.test.alive[:1]).images[0].shape[0]
     return open_student(spec.student, classes, channels, seed)
 
 

@@ -13,10 +13,28 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from student_train.cached_rows import CachedRows
-from student_train.data import Rows
+from student_train.data import Rendered, Rows
 from student_train.shuffle import shuffled
 from teacher_cache import Cache, Target
+from teacher_cache.encodings import joined
 from teacher_cache.errors import MismatchError, SpecError
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """What a batch of mixed views is made of besides its own rows."""
+
+    partners_B: NDArray[np.int64]
+    """Row numbers of the partners."""
+    labels_B: Tensor | None
+    """The partners' class numbers."""
+    shares_B: Tensor
+    """float32, how much of each view is its own row's: the weight of its own label."""
+
+    def to(self, device: torch.device | str) -> Mixing:
+        """The same on a device."""
+        labels = None if self.labels_B is None else self.labels_B.to(device, non_blocking=True)
+        return Mixing(self.partners_B, labels, self.shares_B.to(device, non_blocking=True))
 
 
 @dataclass(frozen=True)
@@ -25,8 +43,8 @@ class Batch:
 
     epoch: int
     step: int
-    view: int
-    """The view number of every row."""
+    view_B: NDArray[np.int64]
+    """The view number of each row."""
     rows_B: NDArray[np.int64]
     views_BCHW: Tensor
     """uint8, before normalisation."""
@@ -34,6 +52,8 @@ class Batch:
     """int64 class numbers."""
     targets: Mapping[str, Target]
     """The cached fields that the stream was asked for."""
+    mixing: Mixing | None = None
+    """The other label of each row, where the recipe mixes."""
 
     def __len__(self) -> int:
         return len(self.rows_B)
@@ -43,33 +63,64 @@ class Batch:
         labels = None if self.labels_B is None else self.labels_B.to(device, non_blocking=True)
         targets = {name: target.to(device, non_blocking=True) for name, target in self.targets.items()}
         views = self.views_BCHW.to(device, non_blocking=True)
-        return Batch(self.epoch, self.step, self.view, self.rows_B, views, labels, targets)
+        mixing = None if self.mixing is None else self.mixing.to(device)
+        return Batch(self.epoch, self.step, self.view_B, self.rows_B, views, labels, targets, mixing)
 
 
+@dataclass(frozen=True)
 class _Steps(Dataset[Batch]):
     """(epoch, step) to a batch: a pure function, so workers can compute it anywhere and in any order."""
 
-    def __init__(self, rows: Rows, fields: Sequence[str], size: int, shuffle: bool, seed: int, check: int) -> None:
-        self._rows, self._fields, self._size, self._shuffle = rows, tuple(fields), size, shuffle
-        self._seed, self._check = seed, check
+    rows: Rows
+    fields: tuple[str, ...]
+    size: int
+    """Rows in a batch, each with `together` views."""
+    together: int
+    shuffle: bool
+    seed: int
+    check: int
+    """Views of a batch that are proven."""
 
     def __getitem__(self, place: tuple[int, int]) -> Batch:
         epoch, step = place
-        data, count = self._rows, len(self._rows.alive)
-        places = np.arange(step * self._size, min((step + 1) * self._size, count))
-        rows = data.alive[shuffled(places, count, self._seed, epoch) if self._shuffle else places]
-        view = epoch % data.views if data.views is not None else epoch
-        views = data.render(view, rows, self._check)
-        targets = {field: data.read(field, view, rows) for field in self._fields}
-        labels = None if data.labels is None else torch.from_numpy(data.labels[rows])
-        return Batch(epoch, step, view, rows, views.pixels_BCHW, labels, targets)
+        data, count = self.rows, len(self.rows.alive)
+        places = np.arange(step * self.size, min((step + 1) * self.size, count))
+        rows = data.alive[shuffled(places, count, self.seed, epoch) if self.shuffle else places]
+        decoded, numbers = data.decode(rows), range(epoch * self.together, (epoch + 1) * self.together)
+        checks = self._checks(epoch, step, len(rows))
+        rendered = [data.render(decoded, number, check) for number, check in zip(numbers, checks, strict=True)]
+        targets = {field: joined([data.read(field, number, rows) for number in numbers]) for field in self.fields}
+        rows_B = np.tile(rows, self.together)
+        labels = None if data.labels is None else torch.from_numpy(data.labels[rows_B])
+        views = [item.views.pixels_BCHW for item in rendered]
+        view_B = np.repeat([item.view for item in rendered], len(rows))
+        pixels = views[0] if len(views) == 1 else torch.cat(views)
+        return Batch(epoch, step, view_B, rows_B, pixels, labels, targets, _mixing(data, rendered))
+
+    def _checks(self, epoch: int, step: int, rows: int) -> list[NDArray[np.int64]]:
+        """Which places of each view are proven: others in every step, also where the order does not change."""
+        first = (step + epoch * 31) * self.check
+        chosen = (first + np.arange(min(self.check, rows * self.together))) % (rows * self.together)
+        return [chosen[chosen // rows == number] % rows for number in range(self.together)]
+
+
+def _mixing(data: Rows, rendered: Sequence[Rendered]) -> Mixing | None:
+    mixed = [(item.views.mixed, item.partner_rows) for item in rendered]
+    shares = [how.shares_B for how, rows in mixed if how is not None]
+    partners = [rows for how, rows in mixed if rows is not None]
+    if not partners:
+        return None
+    partners_B = np.concatenate(partners)
+    labels = None if data.labels is None else torch.from_numpy(data.labels[partners_B])
+    return Mixing(partners_B, labels, torch.from_numpy(np.concatenate(shares)).float())
 
 
 class ViewStream:
     """An iterable of batches; iterating once gives what is left of one epoch, then the next epoch begins.
 
-    Epoch e shows view e mod K of every row, K being the number of cached views. The order of an epoch is a
-    seeded bijection: it does not depend on the number of workers, nor on where a run was stopped.
+    Epoch e shows view e mod K of every row, K being the number of cached views; with k `views_per_decode` it is one
+    pass over the rows that shows views k·e to k·e + k − 1 (mod K) of each, side by side in a batch. The order of an
+    epoch is a seeded bijection: it does not depend on the number of workers, nor on where a run was stopped.
     """
 
     def __init__(
@@ -81,38 +132,45 @@ class ViewStream:
         seed: int = 0,
         shuffle: bool = True,
         drop_last: bool = False,
-        check_views: int = 2,
+        check_views: int | None = None,
+        views_per_decode: int = 1,
         workers: int = 0,
     ) -> None:
         """Opens a stream.
 
         Args:
-            data: a cache, or labelled rows without one (then `fields` must be empty).
-            batch_size: rows in a batch.
+            data: a cache; `CachedRows(cache, size=160)` and the like; or labelled rows (`fields` is then empty).
+            batch_size: views in a batch.
             fields: which cached fields each batch carries.
             seed: of the order; the views have their own, in the cache.
             shuffle: False keeps the source's order.
             drop_last: leave out a last batch that is smaller than the others.
-            check_views: how many views of each batch are compared with the teacher's, pixel for pixel.
+            check_views: how many views of each batch are compared with the teacher's, pixel for pixel; 2 if not
+                given, and none where the student has views of its own.
+            views_per_decode: views of one row in a batch, all made from one decoding.
             workers: processes that prepare batches ahead; 0 prepares them where they are used.
 
         Raises:
             MismatchError: a field is not in the cache; the message lists those that are.
+            SpecError: the batch size does not fit the rows or the views, or a check has nothing to compare with.
         """
         self.data: Rows = CachedRows(data) if isinstance(data, Cache) else data
         missing = [field for field in fields if field not in self.data.fields]
         if missing:
             there = ", ".join(self.data.fields) or "none"
             raise MismatchError("field", "must be in the cache", missing[0], f"The cache holds: {there}.")
-        if batch_size < 1 or (drop_last and batch_size > len(self.data.alive)):
-            rule = f"must be in 1..{len(self.data.alive)}, the rows that have data"
+        _require_views(self.data, views_per_decode, batch_size, check_views)
+        size = batch_size // views_per_decode
+        if size < 1 or (drop_last and size > len(self.data.alive)):
+            rule = f"must be in 1..{len(self.data.alive) * views_per_decode}, the views of rows that have data"
             raise SpecError("batch_size", rule, batch_size, "Choose another batch size.")
         self.fields = tuple(fields)
         self.epoch, self.step = 0, 0
-        self._batch_size, self._drop_last, self._shuffle, self._seed = batch_size, drop_last, shuffle, seed
-        steps = _Steps(self.data, fields, batch_size, shuffle, seed, check_views)
+        self._drop_last = drop_last
+        check = (2 if self.data.provable else 0) if check_views is None else check_views
+        self._steps = _Steps(self.data, self.fields, size, views_per_decode, shuffle, seed, check)
         self._loader: DataLoader[Batch] = DataLoader(
-            steps,
+            self._steps,
             batch_size=None,
             sampler=_Places(self),
             num_workers=workers,
@@ -123,7 +181,7 @@ class ViewStream:
     def __len__(self) -> int:
         """Batches in an epoch."""
         count = len(self.data.alive)
-        return count // self._batch_size if self._drop_last else -(-count // self._batch_size)
+        return count // self._steps.size if self._drop_last else -(-count // self._steps.size)
 
     def __iter__(self) -> Iterator[Batch]:
         for batch in self._loader:
@@ -149,12 +207,25 @@ class ViewStream:
 
     def _identity(self) -> dict[str, Any]:
         return {
-            "seed": self._seed,
-            "batch_size": self._batch_size,
+            "seed": self._steps.seed,
+            "batch_size": self._steps.size * self._steps.together,
+            "views_per_decode": self._steps.together,
             "drop_last": self._drop_last,
-            "shuffle": self._shuffle,
+            "shuffle": self._steps.shuffle,
             "rows": len(self.data.alive),
         }
+
+
+def _require_views(data: Rows, together: int, batch_size: int, check_views: int | None) -> None:
+    if together < 1 or (data.views is not None and together > data.views):
+        most = "" if data.views is None else f", at most {data.views}, the views that there are"
+        raise SpecError("views_per_decode", f"must be at least 1{most}", together, "Choose another number.")
+    if batch_size % together:
+        rule = f"must be a multiple of views_per_decode ({together})"
+        raise SpecError("batch_size", rule, batch_size, "Choose another batch size.")
+    if check_views and not data.provable:
+        hint = "Leave it out: these are not the teacher's views, so there is nothing to compare with."
+        raise SpecError("check_views", "needs the views that the teacher saw", check_views, hint)
 
 
 class _Places:

@@ -15,9 +15,9 @@ from teacher_cache import samples as sample_table
 from teacher_cache.errors import SpecError
 from teacher_cache.fingerprint import bytes_digest
 from teacher_cache.manifest import Manifest, TableRef, write_manifest
-from teacher_cache.plan import Opened, begin, open_parts
+from teacher_cache.plan import Opened, begin, open_parts, worker_count
 from teacher_cache.receipts import Receipt, add_up, read_receipts
-from teacher_cache.shard_job import ShardId, open_job, run_shard
+from teacher_cache.shard_job import Work, open_job, run_work
 from teacher_cache.spec import BuildSpec
 from teacher_cache.storage import remove_temporary, write_atomic
 from teacher_cache.storage.parquet_tables import table_bytes
@@ -82,25 +82,40 @@ def build(spec: BuildSpec, executor: Executor = "ray", progress: Progress | None
             _clear_superseded(root, manifest)
             _Counter(progress, manifest, manifest.rows * manifest.views)
             return _report(root, manifest, 0, 0, 0.0)
-        missing, done = _missing(root, manifest)
+        missing, done = _missing(root, manifest, _together(spec, manifest, executor))
         started = time.perf_counter()
         built = _run(root, opened, manifest, missing, executor, _Counter(progress, manifest, done))
         seconds = time.perf_counter() - started
     finally:
         torch.set_num_threads(threads)
     sealed = seal(root, manifest)
-    return _report(root, sealed, len(missing), built, seconds)
+    return _report(root, sealed, sum(len(work.views) for work in missing), built, seconds)
 
 
-def _missing(root: Path, manifest: Manifest) -> tuple[list[ShardId], int]:
+def _together(spec: BuildSpec, manifest: Manifest, executor: Executor) -> int:
+    """How many views are made from one decoding: as told, or fewer where workers would have nothing to do."""
+    workers = 1 if executor == "serial" else worker_count(spec.compute)
+    together = min(spec.compute.views_per_decode, manifest.views)
+    while together > 1 and -(-manifest.views // together) * manifest.grid.shards < 4 * workers:
+        together -= 1
+    return together
+
+
+def _missing(root: Path, manifest: Manifest, together: int) -> tuple[list[Work], int]:
+    """What is left to do, `together` views of the same rows at a time, and how many rows are done."""
     committed = {(receipt.view, receipt.shard) for receipt in read_receipts(root, manifest)}
-    every = [ShardId(view, shard) for view in range(manifest.views) for shard in range(manifest.grid.shards)]
-    done = sum(_rows(manifest, place) for place in every if place in committed)
-    return [place for place in every if place not in committed], done
+    missing = []
+    for first in range(0, manifest.views, together):
+        for shard in range(manifest.grid.shards):
+            views = range(first, min(first + together, manifest.views))
+            left = tuple(view for view in views if (view, shard) not in committed)
+            if left:
+                missing.append(Work(left, shard))
+    return missing, sum(_rows(manifest, shard) for _, shard in committed)
 
 
-def _rows(manifest: Manifest, place: tuple[int, int]) -> int:
-    start, stop = manifest.grid.span(place[1])
+def _rows(manifest: Manifest, shard: int) -> int:
+    start, stop = manifest.grid.span(shard)
     return stop - start
 
 
@@ -126,14 +141,14 @@ def _run(
     root: Path,
     opened: Opened,
     manifest: Manifest,
-    missing: list[ShardId],
+    missing: list[Work],
     executor: Executor,
     counter: _Counter,
 ) -> int:
     try:
         with closing(_receipts(root, opened, manifest, missing, executor)) as receipts:
             for receipt in receipts:
-                counter.add(_rows(manifest, (receipt.view, receipt.shard)))
+                counter.add(_rows(manifest, receipt.shard))
     except BaseException:
         # Closing has stopped the workers, also after Ctrl-C: what they had half written goes too.
         remove_temporary(root)
@@ -142,14 +157,14 @@ def _run(
 
 
 def _receipts(
-    root: Path, opened: Opened, manifest: Manifest, missing: list[ShardId], executor: Executor
+    root: Path, opened: Opened, manifest: Manifest, missing: list[Work], executor: Executor
 ) -> Generator[Receipt, None, None]:
     if not missing:
         return
     if executor == "serial":
         job = open_job(root, manifest, opened)
-        for place in missing:
-            yield run_shard(job, place)
+        for work in missing:
+            yield from run_work(job, work)
     else:
         from teacher_cache.precompute import run_on_ray
 

@@ -9,6 +9,7 @@ from typing import Annotated, Literal, NoReturn
 import typer
 
 from teacher_cache import console
+from teacher_cache.errors import SpecError
 from teacher_cache.spec import SourceSpec, load_spec
 
 app = typer.Typer(
@@ -147,14 +148,20 @@ def status(path: CachePath, json: Json = False) -> None:
 def verify(
     path: CachePath,
     recompute: Annotated[int, typer.Option(min=0, help="Rows to ask of the teacher again.")] = 0,
-    views: Annotated[int, typer.Option(min=0, help="Views to render again.")] = 0,
+    views: Annotated[str, typer.Option(help="Views to render again: a number, or `all`.")] = "0",
     source_from: SourceFrom = None,
     json: Json = False,
 ) -> None:
     """Check every stored byte; exit code 1 when anything is wrong."""
     from teacher_cache.verify import verify as run_verify
 
-    report = run_verify(path, recompute, views, _source(source_from))
+    count = _how_many(views)
+    if json or not count:
+        report = run_verify(path, recompute, count, _source(source_from))
+    else:
+        with console.progress_bar("views", "views") as update:
+            tell = lambda done, total: update(done, total, done)  # noqa: E731 - three arguments from two
+            report = run_verify(path, recompute, count, _source(source_from), tell)
     if json:
         console.print_json(
             {**vars(report), "ok": report.ok, "problems": [vars(problem) for problem in report.problems]}
@@ -171,8 +178,18 @@ def verify(
         if report.problems:
             rows = [(problem.place, problem.what, problem.todo) for problem in report.problems]
             console.print_rows("problems", ("where", "what", "what to do"), rows)
+        for note in report.notes:
+            console.out.print(note)
     if not report.ok:
         raise typer.Exit(1)
+
+
+def _how_many(views: str) -> int | Literal["all"]:
+    if views == "all":
+        return "all"
+    if not views.isdecimal():
+        raise SpecError("--views", "must be a number or `all`", views, "For example --views 256.")
+    return int(views)
 
 
 def _source(config: Path | None) -> SourceSpec | None:

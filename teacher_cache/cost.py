@@ -9,7 +9,7 @@ import torch
 
 from teacher_cache.encodings import row_bytes
 from teacher_cache.manifest import Manifest
-from teacher_cache.plan import Opened, draft, first_views, open_parts
+from teacher_cache.plan import Opened, draft, first_views, open_parts, worker_count
 from teacher_cache.spec import BuildSpec
 
 
@@ -48,8 +48,6 @@ def estimate(spec: BuildSpec, micro_batches: int = 3) -> Cost:
         spec: the build that is being planned.
         micro_batches: how many to time; the fastest counts, because what disturbs only ever adds.
     """
-    from teacher_cache.precompute import worker_count
-
     threads = torch.get_num_threads()
     torch.set_num_threads(spec.compute.threads)
     try:

@@ -11,6 +11,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+import torch
+import torchvision
+
 from teacher_cache.encodings import Encoding, Part, open_encoding
 from teacher_cache.errors import CacheNotFoundError, FormatError
 from teacher_cache.fingerprint import fingerprint
@@ -76,6 +80,7 @@ class Manifest(Strict):
     spec: dict[str, Any]
     versions: dict[str, str]
     samples: TableRef
+    references: TableRef | None = None
     receipts: TableRef | None = None
     totals: Totals | None = None
 
@@ -106,6 +111,11 @@ class Manifest(Strict):
     def groups(self, view: int) -> list[Group]:
         """Everything that one shard of a view writes."""
         return [self.proof_group(view), *(self.field_group(field, view) for field in self.fields)]
+
+
+def library_versions() -> dict[str, str]:
+    """The libraries that views and answers may depend on."""
+    return {"torch": torch.__version__, "torchvision": torchvision.__version__, "numpy": np.__version__}
 
 
 def write_manifest(root: Path, manifest: Manifest) -> None:

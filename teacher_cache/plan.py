@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-import torchvision
+from numpy.typing import NDArray
 
 from teacher_cache import samples as sample_table
 from teacher_cache.encodings import open_encoding
 from teacher_cache.errors import MismatchError, SourceError, SpecError, TeacherError
 from teacher_cache.fingerprint import fingerprint, key_digests
-from teacher_cache.manifest import MANIFEST, Identity, Manifest, TableRef, read_manifest, write_manifest
+from teacher_cache.loader import ViewLoader
+from teacher_cache.manifest import (
+    MANIFEST,
+    Identity,
+    Manifest,
+    TableRef,
+    library_versions,
+    read_manifest,
+    write_manifest,
+)
+from teacher_cache.proof import reference_count, write_references
 from teacher_cache.sources import BrokenSample, Source, open_source, source_fingerprint
-from teacher_cache.spec import BuildSpec
+from teacher_cache.spec import BuildSpec, ComputeSpec
 from teacher_cache.storage import open_store, remove_temporary, write_atomic
 from teacher_cache.storage.files import is_temporary
 from teacher_cache.teachers import Teacher, load_teacher, resolve_device
-from teacher_cache.views import Recipe, Views, open_recipe, render_views
+from teacher_cache.views import Recipe, Views, open_recipe
 
 
 @dataclass(frozen=True)
@@ -30,14 +40,17 @@ class Opened:
 
     spec: BuildSpec
     source: Source
-    digests: np.ndarray[Any, np.dtype[np.uint64]]
+    digests: NDArray[np.uint64]
     recipe: Recipe
     teacher: Teacher
+    loader: ViewLoader
 
     def view_of(self, rows: list[int], view: int) -> Views:
         """Decodes and renders some rows; raises `BrokenSample`."""
-        images = [self.source.item(row).image_CHW for row in rows]
-        return render_views(self.recipe, images, self.digests[rows], view)
+        decoded = self.loader.decode(rows)
+        if decoded.broken:
+            raise BrokenSample(decoded.broken[0][1])
+        return self.loader.views(decoded, view)
 
 
 def open_parts(spec: BuildSpec) -> Opened:
@@ -53,7 +66,17 @@ def open_parts(spec: BuildSpec) -> Opened:
         raise SourceError("source", "gives two keys one 64-bit digest", "collision", hint)
     recipe = open_recipe(spec.views)
     teacher = load_teacher(spec.teacher, recipe.normalize, resolve_device(spec.compute.device))
-    return Opened(spec, source, digests, recipe, teacher)
+    loader = ViewLoader(recipe, digests, source.item)
+    return Opened(spec, source, digests, recipe, teacher, loader)
+
+
+def worker_count(compute: ComputeSpec) -> int:
+    """One worker for each GPU; on CPUs, one for each `threads` cores."""
+    if compute.workers is not None:
+        return compute.workers
+    if resolve_device(compute.device) == "cuda":
+        return torch.cuda.device_count()
+    return max(1, (os.cpu_count() or 1) // compute.threads)
 
 
 def first_views(opened: Opened, count: int = 1) -> tuple[list[int], Views]:
@@ -85,7 +108,8 @@ def draft(opened: Opened) -> Manifest:
     shapes = probe(opened, shape)
     for name, field in spec.teacher.fields.items():
         open_encoding(field.encoding, shapes[name], name)
-    described = spec.model_dump(mode="json", exclude={"cache": True, "compute": {"workers", "attempts"}})
+    places = {"workers", "attempts", "views_per_decode"}
+    described = spec.model_dump(mode="json", exclude={"cache": True, "compute": places})
     return Manifest(
         state="building",
         identity=_identity(opened, shapes),
@@ -102,11 +126,7 @@ def draft(opened: Opened) -> Manifest:
         class_names=source.class_names,
         store=spec.store,
         spec=described,
-        versions={
-            "torch": torch.__version__,
-            "torchvision": torchvision.__version__,
-            "numpy": np.__version__,
-        },
+        versions=library_versions(),
         samples=TableRef(path="", digest=""),
     )
 
@@ -179,7 +199,7 @@ _HINTS = {
 }
 
 
-_BEGINNING = re.compile(r"samples-[0-9a-f]{12}\.parquet|data/(.*/)?zarr\.json")
+_BEGINNING = re.compile(r"(samples|references)-[0-9a-f]{12}\.parquet|data/(.*/)?zarr\.json")
 """What `begin` writes before there is a manifest."""
 
 
@@ -222,8 +242,10 @@ def begin(root: Path, opened: Opened) -> Manifest:
         remove_temporary(root)
         return found
     _require_fresh(root)
+    rows, views = first_views(opened, reference_count(planned.view_shape))
     table = sample_table.write_samples(root, sample_table.of_source(opened.source))
-    manifest = planned.model_copy(update={"samples": table})
+    references = write_references(root, rows, views)
+    manifest = planned.model_copy(update={"samples": table, "references": references})
     store = open_store(manifest.store.kind, manifest.grid)
     groups = [group for view in range(manifest.views) for group in manifest.groups(view)]
     for path, data in store.metadata(groups).items():

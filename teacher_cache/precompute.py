@@ -20,8 +20,9 @@ from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayEr
 
 from teacher_cache.errors import BuildError, SpecError, TeacherCacheError
 from teacher_cache.manifest import Manifest
+from teacher_cache.plan import worker_count
 from teacher_cache.receipts import Receipt, receipt_path
-from teacher_cache.shard_job import Job, ShardId, open_job_from, run_shard
+from teacher_cache.shard_job import Job, Work, open_job_from, run_work
 from teacher_cache.spec import BuildSpec, ComputeSpec
 from teacher_cache.teachers import resolve_device
 
@@ -37,28 +38,19 @@ class ShardWorker:
         torch.set_num_threads(spec.compute.threads)
         self._job: Job = open_job_from(Path(root), Manifest.model_validate_json(manifest), spec)
 
-    def run(self, view: int, shard: int) -> bytes:
-        """One shard, written and committed; returns its receipt."""
-        return run_shard(self._job, ShardId(view, shard)).to_bytes()
+    def run(self, work: Work) -> list[bytes]:
+        """Shards, written and committed; returns their receipts."""
+        return [receipt.to_bytes() for receipt in run_work(self._job, work)]
 
 
-def worker_count(compute: ComputeSpec) -> int:
-    """One worker for each GPU; on CPUs, one for each `threads` cores."""
-    if compute.workers is not None:
-        return compute.workers
-    if resolve_device(compute.device) == "cuda":
-        return torch.cuda.device_count()
-    return max(1, (os.cpu_count() or 1) // compute.threads)
-
-
-def run_on_ray(root: Path, manifest: Manifest, spec: BuildSpec, places: list[ShardId]) -> Iterator[Receipt]:
+def run_on_ray(root: Path, manifest: Manifest, spec: BuildSpec, works: list[Work]) -> Iterator[Receipt]:
     """Yields the receipt of each shard as it is committed, in whatever order the workers finish.
 
     Raises:
         BuildError: a shard killed its worker as often as `compute.attempts` allows.
         TeacherCacheError: whatever the shard job raised, as it raised it.
     """
-    count = min(worker_count(spec.compute), len(places))
+    count = min(worker_count(spec.compute), len(works))
     on_gpu = resolve_device(spec.compute.device) == "cuda"
     ours = not ray.is_initialized()
     if ours:
@@ -74,7 +66,7 @@ def run_on_ray(root: Path, manifest: Manifest, spec: BuildSpec, places: list[Sha
     try:
         pool = _Pool(root, manifest, spec, min(count, _room(spec.compute, on_gpu)), on_gpu)
         try:
-            yield from pool.run(places)
+            yield from pool.run(works)
         finally:
             pool.stop()
     finally:
@@ -93,11 +85,11 @@ def _room(compute: ComputeSpec, on_gpu: bool) -> int:
 
 
 class _Call(NamedTuple):
-    """One shard in flight; calls sort in the order in which they were submitted."""
+    """One unit of work in flight; calls sort in the order in which they were submitted."""
 
     number: int
     worker: int
-    place: ShardId
+    work: Work
 
 
 class _Pool:
@@ -109,7 +101,7 @@ class _Pool:
         # The API key is excluded from every dump on purpose; pickling the model carries it to the workers.
         self._arguments = (str(root.absolute()), manifest.model_dump_json(), spec, list(sys.path))
         self._attempts_allowed = spec.compute.attempts
-        self._attempts: dict[ShardId, int] = {}
+        self._attempts: dict[Work, int] = {}
         self._workers = [self._start() for _ in range(count)]
         self._submitted = 0
         self._calls: dict[Any, _Call] = {}
@@ -117,9 +109,9 @@ class _Pool:
     def _start(self) -> Any:
         return self._actor.remote(*self._arguments)
 
-    def run(self, places: list[ShardId]) -> Iterator[Receipt]:
+    def run(self, works: list[Work]) -> Iterator[Receipt]:
         """The receipts of all these shards."""
-        waiting = deque(places)
+        waiting = deque(works)
         for _ in range(_IN_FLIGHT):
             for worker in range(len(self._workers)):
                 self._submit(worker, waiting)
@@ -135,25 +127,26 @@ class _Pool:
                 cause = error.cause
                 raise (cause if isinstance(cause, TeacherCacheError) else error) from None
             self._submit(call.worker, waiting)
-            yield Receipt.from_bytes(data, receipt_path(*call.place))
+            for view, receipt in zip(call.work.views, data, strict=True):
+                yield Receipt.from_bytes(receipt, receipt_path(view, call.work.shard))
 
-    def _submit(self, worker: int, waiting: deque[ShardId]) -> None:
+    def _submit(self, worker: int, waiting: deque[Work]) -> None:
         if waiting:
-            place = waiting.popleft()
+            work = waiting.popleft()
             self._submitted += 1
-            reference = self._workers[worker].run.remote(place.view, place.shard)
-            self._calls[reference] = _Call(self._submitted, worker, place)
+            reference = self._workers[worker].run.remote(work)
+            self._calls[reference] = _Call(self._submitted, worker, work)
 
-    def _bury(self, dead: _Call, waiting: deque[ShardId], error: RayError) -> None:
+    def _bury(self, dead: _Call, waiting: deque[Work], error: RayError) -> None:
         """Replaces a dead worker; the shard it was given first is suspected, the one behind it goes back unharmed."""
         behind = {reference: call for reference, call in self._calls.items() if call.worker == dead.worker}
         for reference in behind:
             del self._calls[reference]
-        lost = [call.place for call in sorted([dead, *behind.values()])]
+        lost = [call.work for call in sorted([dead, *behind.values()])]
         oldest = lost[0]
         self._attempts[oldest] = self._attempts.get(oldest, 0) + 1
         if self._attempts[oldest] >= self._attempts_allowed:
-            name = f"view {oldest.view}, shard {oldest.shard}"
+            name = str(oldest)
             hint = "Run with --executor serial to see why; memory is the usual reason."
             raise BuildError(name, f"killed its worker {self._attempts[oldest]} times", error, hint) from error
         waiting.extendleft(reversed(lost))

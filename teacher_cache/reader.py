@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from teacher_cache.cached_views import CachedViews
 from teacher_cache.encodings import Target
 from teacher_cache.errors import (
     CacheError,
@@ -20,17 +20,19 @@ from teacher_cache.errors import (
     HoleError,
     MismatchError,
     SpecError,
-    ViewMismatch,
 )
 from teacher_cache.fingerprint import key_digests
+from teacher_cache.loader import Decoded, ViewLoader
 from teacher_cache.manifest import Manifest, Totals, read_manifest
+from teacher_cache.proof import Tolerance, check
 from teacher_cache.receipts import add_up, read_receipts
 from teacher_cache.samples import Samples, read_checked, read_samples, with_receipts
-from teacher_cache.sources import BrokenSample, Source, open_source, source_fingerprint
+from teacher_cache.sources import Item, Source
 from teacher_cache.spec import BuildSpec, SourceSpec, parse
 from teacher_cache.storage import FileRecord, Group, ShardReader, open_store
 from teacher_cache.storage.parquet_tables import read_table
-from teacher_cache.views import Recipe, Views, open_recipe, render_views
+from teacher_cache.views import Recipe, Views
+from teacher_cache.views.student_size import Resized
 
 _MOST_SHARDS = 512
 _MOST_BYTES = 2**30
@@ -53,8 +55,6 @@ class Cache:
         """
         self.path = Path(path)
         self._source_spec = source
-        self._source: Source | None = None
-        self._recipe: Recipe | None = None
         self.manifest: Manifest
         self.samples: Samples
         self.totals: Totals
@@ -62,7 +62,9 @@ class Cache:
         self.files: dict[tuple[int, int], dict[str, FileRecord]]
         """What is committed: the files of each (view, shard), by path."""
         self._read_authority()
-        self._digests = key_digests(self.samples.keys)
+        self.key_digests = key_digests(self.samples.keys)
+        """Digests of the samples' keys, uint64 [N]."""
+        self._views = CachedViews(self)
         self._store = open_store(self.manifest.store.kind, self.manifest.grid)
         self._encodings = self.manifest.encodings
         self._groups: dict[tuple[str, int], Group] = {}
@@ -143,6 +145,10 @@ class Cache:
     def complete(self) -> bool:
         """Whether every planned shard is committed."""
         return len(self.files) == self.manifest.views * self.manifest.grid.shards
+
+    def is_committed(self, view: int, row: int) -> bool:
+        """Whether the shard that holds a row in a view is there."""
+        return (view, row // self.manifest.grid.shard_rows) in self.files
 
     def __len__(self) -> int:
         return self.manifest.rows
@@ -234,79 +240,54 @@ class Cache:
 
     @property
     def source(self) -> Source:
-        """The data set that the cache was built over.
-
-        Raises:
-            MismatchError: the data set that is there now is another one.
-        """
-        if self._source is None:
-            spec: BuildSpec = self.spec
-            source = open_source(spec.source)
-            if source_fingerprint(source) != self.manifest.identity.source:
-                hint = "Restore the data set, or open the cache with source=… where it is."
-                raise MismatchError("source", "must be the one that the cache was built over", spec.source, hint)
-            self._source = source
-        return self._source
+        """The data set that the cache was built over; `MismatchError` if another one is there now."""
+        return self._views.source
 
     @property
     def recipe(self) -> Recipe:
-        """The recipe of the views.
+        """The recipe of the views; `MismatchError` if libraries that `seeded-global` depends on have changed."""
+        return self._views.recipe
 
-        Raises:
-            MismatchError: the libraries that `seeded-global` views depend on have changed.
+    @property
+    def loader(self) -> ViewLoader:
+        """Decodes rows and renders them, each row compared with the bytes that the teacher saw."""
+        return self._views.loader
+
+    def item(self, row: int) -> Item:
+        """One decoded sample, compared with the bytes that the teacher saw; raises `BrokenSample` for a tombstone."""
+        return self._views.item(row)
+
+    def decode(self, rows: Rows) -> Decoded:
+        """Decodes rows once, for any number of their views; raises `MismatchError` where bytes have changed."""
+        return self.loader.decode(self._rows(rows, 0))
+
+    def render_views(self, view: int, rows: Rows | Decoded, size: Resized | None = None) -> Views:
+        """Renders a view of rows from its stored parameters, unchecked.
+
+        Args:
+            view: 0 ≤ view < `views`.
+            rows: row numbers, or rows that are decoded already.
+            size: a student's own size, as `views.student_size.at_size(cache.recipe, 160)` gives it.
         """
-        if self._recipe is None:
-            recipe = open_recipe(self.spec.views)
-            if recipe.view_fingerprint != self.manifest.identity.view:
-                hint = f"The cache was built with {self.manifest.versions}; use those, or native operations."
-                raise MismatchError("recipe", "must give the cache's views", recipe.describe(), hint)
-            self._recipe = recipe
-        return self._recipe
+        return self._views.render(view, rows if isinstance(rows, Decoded) else self.decode(rows), size)
 
-    def render_views(self, view: int, rows: Rows) -> Views:
-        """Decodes and renders some rows; raises `MismatchError` where a sample's bytes have changed."""
-        wanted = self._rows(rows, view)
-        images: list[Tensor] = []
-        for row in wanted.tolist():
-            try:
-                item = self.source.item(row)
-            except BrokenSample as broken:
-                hint = "It could be decoded when the cache was built: restore the data set."
-                raise CorruptionError(self.samples.keys[row], str(broken), "broken now", hint) from broken
-            known = int(self.samples.content[row])
-            if known and item.content != known:
-                rule, hint = "must have the bytes that the teacher saw", "Restore the data set."
-                raise MismatchError(self.samples.keys[row], rule, f"{item.content:016x}", hint)
-            images.append(item.image_CHW)
-        if not images:
-            nothing = torch.empty((0, *self.manifest.view_shape), dtype=torch.uint8)
-            return Views(nothing, np.empty((0, len(self.manifest.param_names)), np.int32))
-        return render_views(self.recipe, images, self._digests[wanted], view)
+    def draw(self, view: int, rows: Rows | Decoded) -> NDArray[np.int32]:
+        """The parameters as the recipe draws them today; `params` are those that are stored."""
+        return self._views.draw(view, rows if isinstance(rows, Decoded) else self.decode(rows))
 
-    def render(self, view: int, rows: Rows) -> Tensor:
+    def render(self, view: int, rows: Rows, tolerance: Tolerance = "exact") -> Tensor:
         """The views themselves, uint8 [len(rows), C, H, W], each compared with the digest that the cache keeps.
 
         Raises:
             ViewMismatch: a view is not the one that the teacher saw.
         """
         rendered = self.render_views(view, rows)
-        self.check_views(view, rows, rendered)
+        self.check_views(view, rows, rendered, tolerance)
         return rendered.pixels_BCHW
 
-    def check_views(self, view: int, rows: Rows, rendered: Views) -> None:
+    def check_views(self, view: int, rows: Rows, rendered: Views, tolerance: Tolerance = "exact") -> None:
         """Raises `ViewMismatch` naming the first row whose pixels differ from what the teacher saw."""
-        wanted = np.asarray(rows, np.int64).reshape(-1)
-        differs = rendered.digests() != self.digests(view, wanted)
-        if not differs.any():
-            return
-        row = int(wanted[int(differs.argmax())])
-        place = f"sample {self.samples.keys[row]}, view {view}, recipe {self.manifest.identity.view}"
-        now = {"torch": torch.__version__}
-        drawn = rendered.params_BP[int(differs.argmax())].tolist()
-        stored = self.params(view, [row])[0].tolist()
-        why = "the parameters differ" if drawn != stored else "the same parameters give other pixels"
-        hint = f"Built with {self.manifest.versions}, now {now}: {why}. Use the versions of the build."
-        raise ViewMismatch(place, "must be the pixels that the teacher saw", f"{int(differs.sum())} rows differ", hint)
+        check(self, view, np.asarray(rows, np.int64).reshape(-1), rendered, tolerance)
 
 
 def _room(manifest: Manifest) -> int:

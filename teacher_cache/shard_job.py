@@ -1,7 +1,8 @@
-"""The body of work for one shard: a plain function of an opened job and a shard's place.
+"""The body of work for the shards of one range of rows: a plain function of an opened job and what is wanted.
 
-It runs alike in a loop, in a Ray actor or by hand, and the same place gives the same bytes: micro-batches are
-cut from the shard, with a fixed size and a padded tail, never from a queue.
+It runs alike in a loop, in a Ray actor or by hand, and the same shard gets the same bytes: micro-batches are
+cut from the shard, with a fixed size and a padded tail, never from a queue. Several views of the same rows are made
+from one decoding; each is a shard of its own, and none depends on which others were made beside it.
 """
 
 from __future__ import annotations
@@ -19,23 +20,27 @@ from torch import Tensor
 from teacher_cache.encodings import Encoding
 from teacher_cache.encodings.fidelity import measure_feature, measure_logits
 from teacher_cache.errors import BuildError, NonFiniteError, SpecError, TeacherCacheError
+from teacher_cache.loader import Decoded
 from teacher_cache.manifest import Manifest
 from teacher_cache.plan import Opened, open_parts
 from teacher_cache.receipts import Receipt, receipt_path
-from teacher_cache.sources import BrokenSample
 from teacher_cache.spec import BuildSpec
 from teacher_cache.storage import Store, open_store, write_atomic
-from teacher_cache.views import Views, render_views
+from teacher_cache.views import How, Views
 from teacher_cache.views.philox import view_words
 
 _FIDELITY_ADDRESS = 2**16 - 1
 
 
-class ShardId(NamedTuple):
-    """One unit of work."""
+class Work(NamedTuple):
+    """One unit of work: the same rows in one or more views."""
 
-    view: int
+    views: tuple[int, ...]
     shard: int
+
+    def __str__(self) -> str:
+        views = ", ".join(map(str, self.views))
+        return f"view{'s' if len(self.views) > 1 else ''} {views}, shard {self.shard}"
 
 
 @dataclass(frozen=True)
@@ -47,11 +52,16 @@ class Job:
     manifest: Manifest
     encodings: dict[str, Encoding]
     store: Store
+    how: How
+    """Where views are rendered."""
 
 
 def open_job(root: Path, manifest: Manifest, opened: Opened) -> Job:
     """A job from parts that are already open."""
-    return Job(root, opened, manifest, manifest.encodings, open_store(manifest.store.kind, manifest.grid))
+    here = opened.teacher.threads is None and opened.teacher.device == "cuda"
+    # Views are made where the teacher will read them: a batched recipe needs no copy back.
+    how = How(torch.device("cuda")) if here else How()
+    return Job(root, opened, manifest, manifest.encodings, open_store(manifest.store.kind, manifest.grid), how)
 
 
 def open_job_from(root: Path, manifest: Manifest, spec: BuildSpec) -> Job:
@@ -59,17 +69,31 @@ def open_job_from(root: Path, manifest: Manifest, spec: BuildSpec) -> Job:
     return open_job(root, manifest, open_parts(spec))
 
 
-def run_shard(job: Job, place: ShardId) -> Receipt:
-    """Reads, renders, asks the teacher, encodes, writes, commits.
+def run_work(job: Job, work: Work) -> list[Receipt]:
+    """Reads, and for each view renders, asks the teacher, encodes, writes, commits.
 
     Raises:
         BuildError: the teacher raised, or the folder cannot be written; names the sample or the file.
         NonFiniteError: the teacher answered NaN or inf; names the sample.
     """
-    work = _Shard(job, place)
-    for start, stop in _micro_batches(*job.manifest.grid.span(place.shard), job.opened.spec.teacher.micro_batch):
-        work.answer(start, stop)
-    return work.commit()
+    # A worker may have died between two commits: what it did commit is not computed again.
+    done = {view: receipt for view in work.views if (receipt := _committed(job, view, work.shard))}
+    shards = [_Shard(job, view, work.shard) for view in work.views if view not in done]
+    for start, stop in _micro_batches(*job.manifest.grid.span(work.shard), job.opened.spec.teacher.micro_batch):
+        decoded = job.opened.loader.decode(range(start, stop))
+        for shard in shards:
+            shard.answer(decoded)
+    done |= {shard.view: shard.commit() for shard in shards}
+    return [done[view] for view in work.views]
+
+
+def _committed(job: Job, view: int, shard: int) -> Receipt | None:
+    path = receipt_path(view, shard)
+    try:
+        data = (job.root / path).read_bytes()
+    except FileNotFoundError:
+        return None
+    return Receipt.from_bytes(data, path)
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,16 +108,17 @@ class Again:
     """For each field, its stored parts for `rows`."""
 
 
-def answer_again(job: Job, place: ShardId, row: int) -> Again:
+def answer_again(job: Job, view: int, row: int) -> Again:
     """Computes the micro-batch that holds a row as the build did, and writes nothing."""
-    work, size = _Shard(job, place), job.opened.spec.teacher.micro_batch
+    work = _Shard(job, view, row // job.manifest.grid.shard_rows)
+    size = job.opened.spec.teacher.micro_batch
     start = work.start + (row - work.start) // size * size
     stop = min(start + size, work.stop)
-    work.answer(start, stop)
+    work.answer(job.opened.loader.decode(range(start, stop)))
     broken = {tombstone for tombstone, _ in work.tombstones}
     rows = [number for number in range(start, stop) if number not in broken]
     local = np.array(rows, np.int64) - work.start
-    groups = {field: job.manifest.field_group(field, place.view) for field in job.manifest.fields}
+    groups = {field: job.manifest.field_group(field, view) for field in job.manifest.fields}
     columns = {
         field: {name: values[local] for name, values in work.columns[group.path].items()}
         for field, group in groups.items()
@@ -109,13 +134,13 @@ def _micro_batches(start: int, stop: int, size: int) -> Iterator[tuple[int, int]
 class _Shard:
     """The columns of one shard as they fill up."""
 
-    def __init__(self, job: Job, place: ShardId) -> None:
-        self.job, self.place = job, place
-        self.start, self.stop = job.manifest.grid.span(place.shard)
+    def __init__(self, job: Job, view: int, shard: int) -> None:
+        self.job, self.view, self.shard = job, view, shard
+        self.start, self.stop = job.manifest.grid.span(shard)
         rows = self.stop - self.start
         self.columns: dict[str, dict[str, NDArray[Any]]] = {
             group.path: {part.name: np.full((rows, *part.shape), part.fill, part.dtype) for part in group.parts}
-            for group in job.manifest.groups(place.view)
+            for group in job.manifest.groups(view)
         }
         self.content = np.zeros(rows, np.uint64)
         self.tombstones: list[tuple[int, str]] = []
@@ -128,18 +153,21 @@ class _Shard:
         """The rows whose exact values are compared: those with the smallest Philox words."""
         opened = self.job.opened
         digests = opened.digests[self.start : self.stop]
-        words = view_words(digests, self.place.view, _FIDELITY_ADDRESS, 1, opened.recipe.seed)[:, 0]
+        words = view_words(digests, self.view, _FIDELITY_ADDRESS, 1, opened.recipe.seed)[:, 0]
         chosen = np.argsort(words, kind="stable")[: opened.spec.fidelity.rows_per_shard]
         return {self.start + int(row) for row in chosen}
 
-    def answer(self, start: int, stop: int) -> None:
-        """One micro-batch, from bytes to encoded columns."""
-        rows, views = self._views(start, stop)
+    def answer(self, decoded: Decoded) -> None:
+        """One micro-batch, from decoded rows to encoded columns."""
+        self.tombstones += decoded.broken
+        rows = decoded.rows.tolist()
         if not rows:
             return
+        self.content[decoded.rows - self.start] = decoded.content
+        views = self._views(decoded)
         outputs = self._ask(rows, views.pixels_BCHW)
         local = np.array(rows) - self.start
-        proof = self.columns[self.job.manifest.proof_group(self.place.view).path]
+        proof = self.columns[self.job.manifest.proof_group(self.view).path]
         proof["digest"][local] = views.digests()
         if "params" in proof:
             proof["params"][local] = views.params_BP
@@ -147,41 +175,29 @@ class _Shard:
         self.measured += [rows[place] for place in keep]
         for field, encoding in self.job.encodings.items():
             encoded = self._encode(field, encoding, rows, outputs[field])
-            columns = self.columns[self.job.manifest.field_group(field, self.place.view).path]
+            columns = self.columns[self.job.manifest.field_group(field, self.view).path]
             for name, values in encoded.items():
                 columns[name][local] = values
             self.exact[field].append(outputs[field][keep].cpu())
         self._count_correct(rows, outputs)
 
-    def _views(self, start: int, stop: int) -> tuple[list[int], Views]:
+    def _views(self, decoded: Decoded) -> Views:
         opened, manifest = self.job.opened, self.job.manifest
-        rows, images = [], []
-        for row in range(start, stop):
-            try:
-                item = opened.source.item(row)
-            except BrokenSample as broken:
-                self.tombstones.append((row, str(broken)))
-                continue
-            self.content[row - self.start] = item.content
-            rows.append(row)
-            images.append(item.image_CHW)
-        if not rows:
-            empty = torch.empty((0, *manifest.view_shape), dtype=torch.uint8)
-            return rows, Views(empty, np.empty((0, len(manifest.param_names)), np.int32))
+        rows = decoded.rows.tolist()
         try:
-            views = render_views(opened.recipe, images, opened.digests[rows], self.place.view)
+            views = opened.loader.views(decoded, self.view, self.job.how)
         except (SpecError, RuntimeError, ValueError) as error:
             hint = "Correct the recipe so that it holds for every sample."
-            raise BuildError(self._name(rows), f"cannot be rendered: {error}", self.place.view, hint) from error
+            raise BuildError(self._name(rows), f"cannot be rendered: {error}", self.view, hint) from error
         if tuple(views.pixels_BCHW.shape[1:]) != manifest.view_shape:
             hint = "Add `resize` and `center_crop`, so that all views have one size."
             found = tuple(views.pixels_BCHW.shape[1:])
             raise BuildError(self._name(rows), f"must have views of {manifest.view_shape}", found, hint)
-        return rows, views
+        return views
 
     def _ask(self, rows: list[int], pixels_BCHW: Tensor) -> dict[str, Tensor]:
         size = self.job.opened.spec.teacher.micro_batch
-        padding = torch.zeros((size - len(rows), *pixels_BCHW.shape[1:]), dtype=torch.uint8)
+        padding = pixels_BCHW.new_zeros((size - len(rows), *pixels_BCHW.shape[1:]))
         try:
             outputs = self.job.opened.teacher(torch.cat([pixels_BCHW, padding]))
         except TeacherCacheError:
@@ -189,7 +205,7 @@ class _Shard:
         except Exception as error:
             # Whatever a user's model raises ends the build; it is named and chained, never swallowed.
             hint = "Correct the model, then run the same command again: it goes on."
-            raise BuildError(self._name(rows), f"the teacher raised {error!r}", self.place.view, hint) from error
+            raise BuildError(self._name(rows), f"the teacher raised {error!r}", self.view, hint) from error
         for field, shape in self.job.manifest.field_shapes.items():
             if tuple(outputs[field].shape) != (size, *shape):
                 rule = f"the teacher must answer {field} as {(size, *shape)}"
@@ -201,7 +217,7 @@ class _Shard:
             return encoding.encode(values)
         except NonFiniteError as error:
             row = rows[int(error.field.removeprefix("row "))]
-            place = f"{self._name([row])}, view {self.place.view}, {field}"
+            place = f"{self._name([row])}, view {self.view}, {field}"
             rule = f"must be finite and fit {encoding.name}"
             raise NonFiniteError(place, rule, error.value, error.hint) from error
 
@@ -222,7 +238,7 @@ class _Shard:
         for field, encoding in self.job.encodings.items():
             if len(local) == 0:
                 continue
-            columns = self.columns[self.job.manifest.field_group(field, self.place.view).path]
+            columns = self.columns[self.job.manifest.field_group(field, self.view).path]
             target = encoding.decode({name: values[local] for name, values in columns.items()})
             measure = measure_logits if field == "logits" else measure_feature
             found[field] = measure(torch.cat(self.exact[field]), target)
@@ -231,14 +247,14 @@ class _Shard:
     def commit(self) -> Receipt:
         """Writes every file of the shard, then its receipt."""
         job, files = self.job, []
-        for group in job.manifest.groups(self.place.view):
-            for record, data in job.store.pack(group, self.place.shard, self.columns[group.path]):
+        for group in job.manifest.groups(self.view):
+            for record, data in job.store.pack(group, self.shard, self.columns[group.path]):
                 write_atomic(job.root, record.path, data)
                 files.append(record)
         receipt = Receipt(
             identity=job.manifest.identity.whole,
-            view=self.place.view,
-            shard=self.place.shard,
+            view=self.view,
+            shard=self.shard,
             files=tuple(files),
             tombstones=tuple(self.tombstones),
             content=self.content,
@@ -246,5 +262,5 @@ class _Shard:
             correct=self.correct,
             fidelity=self._fidelity(),
         )
-        write_atomic(job.root, receipt_path(self.place.view, self.place.shard), receipt.to_bytes())
+        write_atomic(job.root, receipt_path(self.view, self.shard), receipt.to_bytes())
         return receipt

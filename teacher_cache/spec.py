@@ -208,6 +208,7 @@ class ComputeSpec(Strict):
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda)$")
     workers: int | None = Field(default=None, gt=0, description="default: one for each GPU, else each `threads` cores")
     threads: int = Field(default=1, gt=0, description="torch threads of one worker")
+    views_per_decode: int = Field(default=4, gt=0, description="views made from one decoded image, in one shard's work")
     attempts: int = Field(default=3, gt=0, description="tries for a shard whose worker died")
 
 

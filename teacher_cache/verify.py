@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -13,9 +14,11 @@ from teacher_cache.errors import CacheError, CorruptionError, FormatError
 from teacher_cache.manifest import MANIFEST
 from teacher_cache.plan import open_parts
 from teacher_cache.reader import Cache
-from teacher_cache.shard_job import Job, ShardId, answer_again, open_job
+from teacher_cache.samples import read_checked
+from teacher_cache.shard_job import Job, answer_again, open_job
 from teacher_cache.spec import SourceSpec
 from teacher_cache.storage import Store, open_store
+from teacher_cache.verify_views import Progress, verify_views
 from teacher_cache.views.philox import below, view_words
 
 _REBUILD = "Remove the cache's folder and build again, or restore the file from a copy."
@@ -42,6 +45,8 @@ class VerifyReport:
     views_checked: int
     rows_recomputed: int
     problems: tuple[Problem, ...]
+    notes: tuple[str, ...] = ()
+    """What has changed and does no harm, such as a library."""
 
     @property
     def ok(self) -> bool:
@@ -49,7 +54,13 @@ class VerifyReport:
         return not self.problems
 
 
-def verify(path: str | Path, recompute: int = 0, views: int = 0, source: SourceSpec | None = None) -> VerifyReport:
+def verify(
+    path: str | Path,
+    recompute: int = 0,
+    views: int | Literal["all"] = 0,
+    source: SourceSpec | None = None,
+    progress: Progress | None = None,
+) -> VerifyReport:
     """Checks a cache.
 
     Structure, tables, every file's length and checksums at its place, holes and stray files, always; on request a
@@ -59,8 +70,9 @@ def verify(path: str | Path, recompute: int = 0, views: int = 0, source: SourceS
         path: the cache.
         recompute: how many rows to ask of the teacher again; compared after encoding and decoding, up
             to the rounding of another processor (2⁻⁸ of the largest value).
-        views: how many views to render again and compare with their digests.
+        views: how many views to render again and compare with their digests, or `all`.
         source: where the data set is now, if not where the manifest says.
+        progress: told how many of those views are done.
 
     Raises:
         CacheNotFoundError: there is no cache to check.
@@ -75,17 +87,18 @@ def verify(path: str | Path, recompute: int = 0, views: int = 0, source: SourceS
     metadata = store.metadata([group for view in range(manifest.views) for group in manifest.groups(view)])
     problems = [*_missing_shards(cache, store), *_damaged(cache, store, metadata), *_strays(cache, metadata)]
     seen = asked = 0
+    notes: tuple[str, ...] = ()
     if not problems and views:
-        sample = list(_sample(cache, views, 1))
-        seen = sum(len(rows) for _, rows in sample)
-        problems += _views(cache, sample)
+        report = verify_views(cache, _all(cache) if views == "all" else _sample(cache, views, 1), progress)
+        seen, notes = report.checked, report.notes
+        problems += map(_problem, report.problems)
     if not problems and recompute:
-        sample = list(_sample(cache, recompute, 2))
-        asked = sum(len(rows) for _, rows in sample)
+        sample = _sample(cache, recompute, 2)
+        asked = sum(map(len, sample.values()))
         problems += _recompute(cache, sample)
     records = [record for files in cache.files.values() for record in files.values()]
     size = sum(record.size for record in records)
-    return VerifyReport(str(root), len(records), size, seen, asked, tuple(problems))
+    return VerifyReport(str(root), len(records), size, seen, asked, tuple(problems), notes)
 
 
 def _problem(error: CacheError) -> Problem:
@@ -114,13 +127,17 @@ def _damaged(cache: Cache, store: Store, metadata: Mapping[str, bytes]) -> Itera
         path = cache.path / name
         if not path.is_file() or path.read_bytes() != data:
             yield Problem(name, "is missing or altered", _REBUILD)
+    if cache.manifest.references is not None:
+        try:
+            read_checked(cache.path, cache.manifest.references)
+        except CorruptionError as error:
+            yield _problem(error)
 
 
 def _strays(cache: Cache, metadata: Mapping[str, bytes]) -> Iterator[Problem]:
     manifest = cache.manifest
     known = {MANIFEST, manifest.samples.path, *metadata}
-    if manifest.receipts is not None:
-        known.add(manifest.receipts.path)
+    known |= {table.path for table in (manifest.receipts, manifest.references) if table is not None}
     known |= {path for files in cache.files.values() for path in files}
     for path in sorted(cache.path.rglob("*")):
         name = path.relative_to(cache.path).as_posix()
@@ -129,26 +146,20 @@ def _strays(cache: Cache, metadata: Mapping[str, bytes]) -> Iterator[Problem]:
             yield Problem(name, "belongs to no receipt", "Remove it.")
 
 
-def _sample(cache: Cache, count: int, salt: int) -> Iterator[tuple[int, list[int]]]:
+def _all(cache: Cache) -> dict[int, list[int]]:
+    alive = np.flatnonzero(cache.alive).tolist()
+    return dict.fromkeys(range(cache.views), alive)
+
+
+def _sample(cache: Cache, count: int, salt: int) -> dict[int, list[int]]:
     """`count` seeded (view, row) pairs among the rows that are alive, grouped by view."""
     alive = np.flatnonzero(cache.alive)
     words = view_words(np.arange(count, dtype=np.uint64), salt, 0, 1, 0)
     view_of, row_of = below(words[:, 0], cache.views), alive[below(words[:, 1], len(alive))]
-    for view in range(cache.views):
-        rows = np.unique(row_of[view_of == view]).tolist()
-        if rows:
-            yield view, rows
+    return {view: np.unique(row_of[view_of == view]).tolist() for view in np.unique(view_of).tolist()}
 
 
-def _views(cache: Cache, sample: list[tuple[int, list[int]]]) -> Iterator[Problem]:
-    for view, rows in sample:
-        try:
-            cache.render(view, rows)
-        except CacheError as error:
-            yield _problem(error)
-
-
-def _recompute(cache: Cache, sample: list[tuple[int, list[int]]]) -> Iterator[Problem]:
+def _recompute(cache: Cache, sample: dict[int, list[int]]) -> Iterator[Problem]:
     """Asks the teacher again, in the micro-batch in which each row was first computed."""
     threads = torch.get_num_threads()
     torch.set_num_threads(cache.spec.compute.threads)
@@ -158,7 +169,7 @@ def _recompute(cache: Cache, sample: list[tuple[int, list[int]]]) -> Iterator[Pr
             yield Problem("teacher", "is not the one that made this cache", "Point it at the same weights.")
             return
         job = open_job(cache.path, cache.manifest, opened)
-        for view, rows in sample:
+        for view, rows in sample.items():
             yield from _recompute_view(cache, job, view, rows)
     finally:
         torch.set_num_threads(threads)
@@ -168,7 +179,7 @@ def _recompute_view(cache: Cache, job: Job, view: int, sampled: list[int]) -> It
     left = set(sampled)
     while left:
         row = min(left)
-        again = answer_again(job, ShardId(view, row // cache.manifest.grid.shard_rows), row)
+        again = answer_again(job, view, row)
         for broken in sorted(left & again.broken):
             what = "could be decoded when the cache was built"
             yield Problem(cache.samples.keys[broken], what, "Restore the data set.")

@@ -467,8 +467,8 @@ class TestFailures:
     def test_images_of_two_sizes(self, tmp_path: Path) -> None:
         """Found at the sample where it happens, with the operation that would help."""
         (tmp_path / "images/a").mkdir(parents=True)
-        for number, size in enumerate([8, 8, 9]):
-            Image.new("L", (size, size), number).save(tmp_path / f"images/a/{number}.png")
+        for number, size in enumerate([8] * 10 + [9]):
+            Image.new("L", (size, size), number).save(tmp_path / f"images/a/{number:02}.png")
         spec = toy_spec(
             tmp_path / "cache",
             tmp_path,
@@ -476,8 +476,12 @@ class TestFailures:
             views={"recipe": [], "count": 1},
             teacher__arguments={"classes": 1},
         )
-        with pytest.raises(BuildError, match=r"a/0\.png … a/2\.png.*one shape"):
+        with pytest.raises(BuildError, match=r"a/08\.png … a/10\.png.*one shape"):
             serial(spec)
+        Image.new("L", (9, 9), 1).save(tmp_path / "images/a/01.png")
+        with pytest.raises(SpecError, match="one shape"):
+            serial(spec.model_copy(update={"cache": str(tmp_path / "other")}))
+        assert not (tmp_path / "other").exists(), "what the first samples show is refused before anything is written"
 
     def test_a_folder_that_cannot_be_written(self, arrays: Path, tmp_path: Path) -> None:
         """Works for root too: a file stands where the folder should be."""

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import teacher_cache as tc
+from teacher_cache.views.operations import OPERATIONS
 
 GOLDEN = Path(__file__).parent / "golden"
 sys.path.insert(0, str(GOLDEN))
@@ -81,4 +82,12 @@ def test_parameters_resolve_as_they_did() -> None:
     """(operation, seed, sample key, view) to parameters and sizes: a change here moves every view ever cached."""
     frozen = json.loads((GOLDEN / "parameters.json").read_text())
     assert regenerate.resolved_parameters() == frozen
-    assert len(frozen) == 5 * 2 * 3 * 2
+    assert len(frozen) == 11 * 2 * 3 * 2
+    assert {key.partition("|")[0] for key in frozen} == set(OPERATIONS), "a new operation is frozen too"
+
+
+def test_views_render_as_they_did() -> None:
+    """(recipe, seed, sample key, view) to parameters and pixel digest, where pixels do not depend on the machine."""
+    frozen = json.loads((GOLDEN / "views.json").read_text())
+    assert regenerate.rendered_views() == frozen
+    assert len(frozen) == 4 * 2 * 2 * 6

@@ -31,9 +31,9 @@ LEVELS = [
     {"sources", "views", "teachers", "encodings", "storage"},
     {"manifest"},
     {"receipts"},
-    {"samples"},
-    {"plan", "shard_job", "reader"},
-    {"precompute", "build", "verify", "cost", "report"},
+    {"samples", "loader"},
+    {"plan", "shard_job", "proof", "cached_views", "reader"},
+    {"precompute", "build", "verify", "verify_views", "cost", "report"},
     {"cli", "console", "__init__"},
 ]
 """The layers of `teacher_cache`, lowest first: a module imports its own layer and those below."""

@@ -14,7 +14,7 @@ from toy_builds import toy_spec, tree, write_arrays
 import teacher_cache as tc
 from teacher_cache.build import build
 from teacher_cache.errors import BuildError, NonFiniteError
-from teacher_cache.precompute import worker_count
+from teacher_cache.plan import worker_count
 from teacher_cache.spec import BuildSpec, ComputeSpec
 
 

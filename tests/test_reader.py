@@ -206,11 +206,12 @@ class TestSource:
         cache = tc.open(path)
         rendered = cache.render_views(1, [2, 9])
         rendered.pixels_BCHW[1, 0, 0, 0] ^= 1
-        with pytest.raises(ViewMismatch, match=r"images/9, view 1.*1 rows differ.*same parameters"):
+        with pytest.raises(ViewMismatch, match=r"images/9, view 1.*1 of 2 rows differ.*are not the rows' views"):
             cache.check_views(1, [2, 9], rendered)
-        monkeypatch.setattr("teacher_cache.views.operations.below", lambda words, _bound: words[:, :2] * 0)
-        with pytest.raises(ViewMismatch, match="the parameters differ"):
-            tc.open(path).render(1, range(ROWS))
+        monkeypatch.setattr("teacher_cache.views.operations.crops.below", lambda words, _bound: words[:, :2] * 0)
+        assert len(tc.open(path).render(1, range(ROWS))) == ROWS, "stored parameters do not depend on drawing"
+        with pytest.raises(ViewMismatch, match=r"parameters drawn now differ too \(\[0, 0, "):
+            cache.check_views(1, [2, 9], rendered)
 
     def test_the_wrong_view_or_row(self, built: Path) -> None:
         """Views of another number or sample are not taken for these."""

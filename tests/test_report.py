@@ -23,7 +23,7 @@ from teacher_cache.errors import BuildError, CorruptionError, SpecError
 from teacher_cache.plan import begin, open_parts
 from teacher_cache.report import write_report
 from teacher_cache.report_rows import Picks, pick
-from teacher_cache.shard_job import ShardId, open_job, run_shard
+from teacher_cache.shard_job import Work, open_job, run_work
 from teacher_cache.spec import BuildSpec, NumpySource, parse
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
@@ -375,17 +375,17 @@ def test_tombstones_are_listed(tmp_path: Path) -> None:
     assert len(page.all("img")) == 5 * 4
 
 
-def unfinished(path: Path, *places: ShardId) -> tc.Cache:
+def unfinished(path: Path, *works: Work) -> tc.Cache:
     opened = open_parts(spec_of(path))
     job = open_job(path, begin(path, opened), opened)
-    for place in places:
-        run_shard(job, place)
+    for work in works:
+        run_work(job, work)
     return tc.open(path)
 
 
 def test_an_unfinished_cache_shows_what_is_committed(tmp_path: Path) -> None:
     # Shards of 32, 32 and 26 rows: views 1 and 3 of the first, view 3 of the last, nothing of the second.
-    cache = unfinished(tmp_path / "c", ShardId(1, 0), ShardId(3, 0), ShardId(3, 2))
+    cache = unfinished(tmp_path / "c", Work((1, 3), 0), Work((3,), 2))
     page = Page(write_report(tmp_path / "c", tmp_path / "r.html"))
     assert "90 of 450 rows × views are committed (20.0 %)" in page.text
     assert page.all("progress")[0]["value"] == "90"

@@ -25,7 +25,7 @@ from teacher_cache.sources import BrokenSample, Source, open_source, source_fing
 from teacher_cache.sources.base import array_item, decode_image
 from teacher_cache.spec import BuildSpec, TakeSpec
 from teacher_cache.views.operations import PadCrop
-from teacher_cache.views.philox import view_words
+from teacher_cache.views.philox import Words
 
 
 def opened(**described: Any) -> Source:
@@ -427,7 +427,7 @@ class TestTake:
     def test_it_does_not_lean_on_the_views(self) -> None:
         """Chosen with the recipe's own seed, a subset's crops are still spread over all places."""
         part = opened(kind="digits", take={"count": 300, "seed": 5})
-        words = view_words(key_digests(part.keys), 0, 0, 1, 5)
+        words = Words(key_digests(part.keys), 0, 0, 5)
         corners = PadCrop(8, padding=2).draw(words, np.full((300, 2), 8))
         for column in (0, 1):
             counts = np.bincount(corners[:, column], minlength=5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 import subprocess
@@ -23,8 +24,8 @@ from teacher_cache.fingerprint import key_digests
 from teacher_cache.spec import NormalizeSpec, ViewSpec, parse
 from teacher_cache.views import Recipe, normalize, open_recipe, render_views
 from teacher_cache.views.operations import OPERATIONS
-from teacher_cache.views.philox import view_words
-from teacher_cache.views.recipe import parse_recipe
+from teacher_cache.views.parse import parse_recipe
+from teacher_cache.views.philox import Words
 
 ALL_STEPS: list[dict[str, Any]] = [
     {"resize": {"size": 20}},
@@ -32,6 +33,10 @@ ALL_STEPS: list[dict[str, Any]] = [
     {"pad_crop": {"size": [18, 20], "padding": 3, "padding_mode": "reflect"}},
     {"horizontal_flip": {}},
     {"random_resized_crop": {"size": 16}},
+    {"color_jitter": {"brightness": 0.4, "contrast": 0.3, "saturation": 0.2, "hue": 0.1}},
+    {"rand_augment": {}},
+    {"trivial_augment": {}},
+    {"random_erasing": {"p": 0.7}},
     {"normalize": {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.1]}},
 ]
 
@@ -97,12 +102,9 @@ class TestIdentity:
     def test_samples_views_and_seeds_differ(self) -> None:
         """Among 9 samples × 5 views × 2 seeds of large crops, no two resolve alike."""
         size = np.full((9, 2), 500)
-        drawn = {
-            tuple(row)
-            for seed in (7, 8)
-            for view in range(5)
-            for row in recipe_of({"random_resized_crop": {"size": 8}}, seed=seed).resolve(DIGESTS, size, view).tolist()
-        }
+        recipes = [recipe_of({"random_resized_crop": {"size": 8}}, seed=seed) for seed in (7, 8)]
+        params = [recipe.draw(DIGESTS, size, view).params_BP for recipe in recipes for view in range(5)]
+        drawn = {tuple(row) for part in params for row in part.tolist()}
         assert len(drawn) == 90
 
     def test_the_source_image_stays_as_it_was(self) -> None:
@@ -116,7 +118,7 @@ class TestIdentity:
     def test_a_later_operation_has_its_own_words(self) -> None:
         """Two equal operations in one recipe draw differently: the place is part of the address."""
         recipe = recipe_of({"pad_crop": {"size": 24, "padding": 40}}, {"pad_crop": {"size": 24, "padding": 40}})
-        params = recipe.resolve(DIGESTS, np.full((9, 2), 24), 0)
+        params = recipe.draw(DIGESTS, np.full((9, 2), 24), 0).params_BP
         assert (params[:, :2] != params[:, 2:]).any(axis=1).all()
 
 
@@ -136,18 +138,43 @@ class TestFingerprint:
                 "interpolation": "nearest",
                 "antialias": False,
             },
+            "color_jitter": {"brightness": 0.5, "contrast": None, "saturation": [0.7, 1.2], "hue": 0.2},
+            "rand_augment": {
+                "num_ops": 3,
+                "magnitude": 8,
+                "num_magnitude_bins": 30,
+                "interpolation": "bilinear",
+                "fill": 3,
+            },
+            "trivial_augment": {"num_magnitude_bins": 30, "interpolation": "bilinear", "fill": 3},
+            "random_erasing": {"p": 0.6, "scale": [0.1, 0.3], "ratio": [0.5, 2.0], "value": 7},
+            "mixup": {"alpha": 0.5},
+            "cutmix": {"alpha": 0.5},
             "normalize": {"mean": [0.5, 0.4, 0.2], "std": [0.2, 0.2, 0.2]},
         }
         assert set(others) == {*OPERATIONS, "normalize"}, "a new operation needs a line here"
-        seen = {recipe_of(*ALL_STEPS).fingerprint}
-        changes = 0
-        for place, step in enumerate(ALL_STEPS):
-            ((name, given_),) = step.items()
-            for key, value in others[name].items():
-                steps = [*ALL_STEPS[:place], {name: {**given_, key: value}}, *ALL_STEPS[place + 1 :]]
-                seen.add(recipe_of(*steps).fingerprint)
-                changes += 1
-        assert len(seen) == changes + 1
+        for operation in OPERATIONS.values():
+            arguments = {field.name for field in dataclasses.fields(operation)}  # type: ignore[arg-type]
+            name = next(name for name, kind in OPERATIONS.items() if kind is operation)
+            assert set(others[name]) | {"kernel"} >= arguments, f"an argument of {name} has no line here"
+        every = [*ALL_STEPS[:-1], {"mixup": {}}, ALL_STEPS[-1]]
+        bases = [every, [*every[:-2], {"cutmix": {}}, every[-1]]]
+        seen = {recipe_of(*base).fingerprint for base in bases}
+        for base in bases:
+            for place, step in enumerate(base):
+                ((name, given_),) = step.items()
+                for key, value in others[name].items():
+                    changed = {name: {**given_, key: value}}
+                    seen.add(recipe_of(*base[:place], changed, *base[place + 1 :]).fingerprint)
+        everywhere = sum(len(values) for name, values in others.items() if name not in ("mixup", "cutmix"))
+        assert len(seen) == 2 * (1 + everywhere + 1)
+        plain, integer = ({"random_resized_crop": {"size": 9, "kernel": kind}} for kind in ("torchvision", "integer"))
+        assert recipe_of(plain).fingerprint != recipe_of(integer).fingerprint
+
+    def test_an_argument_that_was_added_later_changes_no_older_name(self) -> None:
+        """Frozen: recipes of the first release keep their fingerprints."""
+        recipe = recipe_of({"random_resized_crop": {"size": 9}}, {"horizontal_flip": {}})
+        assert recipe.fingerprint == "c4d5150b3b30805f09700f03f182233b"
 
     def test_order_seed_and_length(self) -> None:
         flip, crop = {"horizontal_flip": {}}, {"pad_crop": {"size": 24}}
@@ -269,7 +296,7 @@ def test_output_sizes_tell_the_truth(seed: int, height: int, width: int, step: d
     """What an operation announces is what it gives: the next operation draws from it."""
     (operation,) = parse_recipe([step], 0).operations
     sizes = np.array([[height, width]])
-    params = operation.draw(view_words(DIGESTS[:1], 0, 0, operation.blocks, seed), sizes)
+    params = operation.draw(Words(DIGESTS[:1], 0, 0, seed), sizes)
     assert params.dtype == np.int32
     assert params.shape == (1, len(operation.params))
     (image,) = images_of(1, height, width)
@@ -291,7 +318,7 @@ class TestDistribution:
 
     def _params(self, step: dict[str, Any], height: int, width: int) -> Any:
         digests = key_digests([str(number) for number in range(self.COUNT)])
-        return recipe_of(step).resolve(digests, np.tile([height, width], (self.COUNT, 1)), 3)
+        return recipe_of(step).draw(digests, np.tile([height, width], (self.COUNT, 1)), 3).params_BP
 
     def test_random_resized_crop(self) -> None:
         ours = self._params({"random_resized_crop": {"size": 8}}, 60, 80)

@@ -53,7 +53,7 @@ def toy_spec(cache: Path, arrays: Path, **changes: Any) -> BuildSpec:
             },
         },
         "store": {"kind": "zarr", "shard_rows": 8, "chunk_rows": 4},
-        "compute": {"device": "cpu", "threads": 1},
+        "compute": {"device": "cpu", "threads": 1, "views_per_decode": 1},
     }
     for key, value in changes.items():
         section, _, inner = key.partition("__")

@@ -6,7 +6,7 @@ from typing import assert_never
 
 from teacher_cache.encodings.base import Columns, Encoding, Part, row_bytes
 from teacher_cache.encodings.dense import Dense
-from teacher_cache.encodings.target import DenseTarget, SparseTarget, Target
+from teacher_cache.encodings.target import DenseTarget, SparseTarget, Target, joined
 from teacher_cache.encodings.top_k import TopKLogits
 from teacher_cache.errors import SpecError
 from teacher_cache.spec import DenseF16, DenseF32, EncodingSpec, TopK
@@ -20,6 +20,7 @@ __all__ = [
     "SparseTarget",
     "Target",
     "TopKLogits",
+    "joined",
     "open_encoding",
     "row_bytes",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -97,3 +98,20 @@ class SparseTarget:
 
 
 Target = DenseTarget | SparseTarget
+
+
+def joined(targets: Sequence[Target]) -> Target:
+    """The rows of several targets of one field, one after the other."""
+    first = targets[0]
+    if len(targets) == 1:
+        return first
+    if isinstance(first, DenseTarget):
+        return DenseTarget(torch.cat([target.values for target in targets if isinstance(target, DenseTarget)]))
+    sparse = [target for target in targets if isinstance(target, SparseTarget)]
+    return SparseTarget(
+        torch.cat([target.values_BK for target in sparse]),
+        torch.cat([target.indices_BK for target in sparse]),
+        torch.cat([target.tail_logmass_B for target in sparse]),
+        torch.cat([target.lse_B for target in sparse]),
+        first.classes,
+    )

@@ -14,15 +14,20 @@ from torch import Tensor
 from teacher_cache.errors import SpecError
 from teacher_cache.spec import NormalizeSpec, ViewSpec
 from teacher_cache.views.digest import as_unsigned, pixel_digests
-from teacher_cache.views.operations import Params, Sizes
-from teacher_cache.views.recipe import parse_recipe
+from teacher_cache.views.drawing import Drawn, image_sizes
+from teacher_cache.views.operations import Images, Params, Sizes
+from teacher_cache.views.parse import parse_recipe
+from teacher_cache.views.partners import Pool
+from teacher_cache.views.rendering import How, Mixed
 from teacher_cache.views.seeded_global import SeededGlobal
+
+_FAST = How()
 
 
 class Recipe(Protocol):
     """What both kinds of recipe offer: resolve identities to integers, render integers to pixels.
 
-    `resolve` is pure; `render` is a pure function of its arguments (for `seeded-global`: under the versions in
+    `draw` is pure; `render` is a pure function of its arguments (for `seeded-global`: under the versions in
     the fingerprint).
     """
 
@@ -33,6 +38,8 @@ class Recipe(Protocol):
     @property
     def random(self) -> bool: ...
     @property
+    def mixing(self) -> int | None: ...
+    @property
     def normalize(self) -> NormalizeSpec | None: ...
     @property
     def param_names(self) -> tuple[str, ...]: ...
@@ -41,8 +48,11 @@ class Recipe(Protocol):
     @property
     def view_fingerprint(self) -> str: ...
     def describe(self) -> object: ...
-    def resolve(self, digests_B: NDArray[np.uint64], sizes_B2: Sizes, view: int) -> Params: ...
-    def render(self, image_CHW: Tensor, params_P: Sequence[int]) -> Tensor: ...
+    def partners(self, params_BP: Params) -> NDArray[np.uint64] | None: ...
+    def draw(self, digests_B: NDArray[np.uint64], sizes_B2: Sizes, view: int, pool: Pool | None = None) -> Drawn: ...
+    def render(
+        self, images: Images, params_BP: Params, partners: Images = (), how: How = _FAST
+    ) -> tuple[Images, Mixed | None]: ...
 
 
 @dataclass(frozen=True)
@@ -53,6 +63,8 @@ class Views:
     """uint8, before any normalisation."""
     params_BP: Params
     """The resolved integers that made each view."""
+    mixed: Mixed | None = None
+    """With whom each view is mixed, where the recipe mixes."""
 
     def digests(self) -> NDArray[np.uint64]:
         """The pixel digest of each view, uint64 [B]."""
@@ -69,33 +81,76 @@ def open_recipe(spec: ViewSpec) -> Recipe:
     return recipe
 
 
-def render_views(recipe: Recipe, images: Sequence[Tensor], digests_B: NDArray[np.uint64], view: int) -> Views:
-    """Renders one view of each image.
+def render_views(
+    recipe: Recipe,
+    images: Sequence[Tensor],
+    digests_B: NDArray[np.uint64],
+    view: int,
+    pool: Pool | None = None,
+    how: How = _FAST,
+) -> Views:
+    """Draws and renders one view of each image.
 
     Args:
-        recipe: how.
+        recipe: what to do.
         images: decoded uint8 [C, H, W], sizes may differ.
         digests_B: uint64 [B], digests of the samples' keys.
         view: the view number.
+        pool: the samples that partners come from, for a recipe that mixes.
+        how: device and renderer; neither changes a pixel.
 
     Raises:
         SpecError: an operation refuses an image, or the views do not all have one shape and make no batch.
     """
-    sizes = np.array([image.shape[1:] for image in images], np.int64).reshape(-1, 2)
     try:
-        params = recipe.resolve(digests_B, sizes, view)
-        views = [recipe.render(image, row.tolist()) for image, row in zip(images, params, strict=True)]
+        drawn = recipe.draw(digests_B, image_sizes(images), view, pool)
     except (ValueError, RuntimeError) as error:
-        hint = "Correct the recipe so that it holds for every image."
-        found = sorted({tuple(size) for size in sizes.tolist()})[:3]
-        raise SpecError("views.recipe", f"cannot be rendered: {error}", f"images of {found}", hint) from error
+        raise _refusal(images, error) from error
+    return _rendered(recipe, images, drawn.params_BP, drawn.partners, how)
+
+
+def render_again(
+    recipe: Recipe, images: Sequence[Tensor], params_BP: Params, pool: Pool | None = None, how: How = _FAST
+) -> Views:
+    """Renders views from stored parameters, without drawing anything.
+
+    Raises:
+        SpecError: as `render_views`.
+        MismatchError: a partner that the parameters name is gone.
+    """
+    digests = recipe.partners(params_BP)
+    if digests is None:
+        return _rendered(recipe, images, params_BP, (), how)
+    if pool is None:
+        raise ValueError("a recipe that mixes needs the samples that partners come from")
+    return _rendered(recipe, images, params_BP, pool.images(digests), how)
+
+
+def _rendered(recipe: Recipe, images: Sequence[Tensor], params_BP: Params, partners: Images, how: How) -> Views:
+    try:
+        views, mixed = recipe.render(images, params_BP, partners, how)
+    except (ValueError, RuntimeError) as error:
+        raise _refusal(images, error) from error
+    if not isinstance(views, Tensor):
+        views = _stacked(views)
+        views = views if how.device is None else views.to(how.device)
+    return Views(views, params_BP, mixed)
+
+
+def _refusal(images: Sequence[Tensor], error: Exception) -> SpecError:
+    hint = "Correct the recipe so that it holds for every image."
+    found = sorted({tuple(image.shape) for image in images})[:3]
+    return SpecError("views.recipe", f"cannot be rendered: {error}", f"images of {found}", hint)
+
+
+def _stacked(views: Sequence[Tensor]) -> Tensor:
     shapes = sorted({tuple(image.shape) for image in views})
     if len(shapes) > 1:
         hint = "Add `resize` and `center_crop`, or `random_resized_crop`, so that all views have one size."
         if len({shape[0] for shape in shapes}) > 1:
             hint = "Set source.channels to 1 or 3: grey and coloured images are mixed."
         raise SpecError("views.recipe", "must bring every image to one shape", shapes[:3], hint)
-    return Views(torch.stack(views), params)
+    return torch.stack(list(views))
 
 
 def normalize(views_BCHW: Tensor, spec: NormalizeSpec | None) -> Tensor:

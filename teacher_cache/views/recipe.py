@@ -3,22 +3,36 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from functools import cached_property
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import ValidationError
-from torch import Tensor
 
-from teacher_cache.errors import SpecError
 from teacher_cache.fingerprint import fingerprint
 from teacher_cache.spec import NormalizeSpec
-from teacher_cache.views.operations import OPERATIONS, Operation, Params, Sizes
-from teacher_cache.views.philox import view_words
+from teacher_cache.views.drawing import Drawn, draw
+from teacher_cache.views.operations import OPERATIONS, Images, Mix, Operation, Params, Sizes
+from teacher_cache.views.partners import Pool
+from teacher_cache.views.rendering import How, Mixed, render
 
 RECIPE_VERSION = 1
+HOW = How()
+
+
+class Columns(NamedTuple):
+    """Where one operation's parameters are stored."""
+
+    place: int
+    """Of the operation in the recipe."""
+    role: str
+    """`own`; of a recipe that mixes also `partner` (the operation on the partner) and `identity`."""
+    start: int
+    stop: int
+
+
+_IDENTITY = ("partner_low", "partner_high", "partner_view")
 
 
 @dataclass(frozen=True)
@@ -30,7 +44,7 @@ class Recipe:
     """
 
     operations: tuple[Operation, ...]
-    """Applied in this order; an operation's place is part of its random address."""
+    """Applied in this order; an operation's place is part of its random address. At most one mixes."""
     seed: int
     """64-bit root seed: the Philox key."""
     normalize: NormalizeSpec | None = None
@@ -39,22 +53,60 @@ class Recipe:
     promise: ClassVar[str] = "native"
 
     @property
+    def mixing(self) -> int | None:
+        """The place of the operation that mixes, if there is one."""
+        return next((place for place, operation in enumerate(self.operations) if isinstance(operation, Mix)), None)
+
+    @cached_property
+    def layout(self) -> tuple[Columns, ...]:
+        """The stored columns of every operation, in the order in which they are stored."""
+        layout: list[Columns] = []
+        start = 0
+
+        def add(place: int, role: str, count: int) -> None:
+            nonlocal start
+            layout.append(Columns(place, role, start, start + count))
+            start += count
+
+        for place, operation in enumerate(self.operations):
+            if place == self.mixing:
+                add(place, "identity", len(_IDENTITY))
+                for earlier in range(place):
+                    add(earlier, "partner", len(self.operations[earlier].params))
+            add(place, "own", len(operation.params))
+        return tuple(layout)
+
+    def columns_of(self, params_BP: Params, place: int, role: str) -> Params:
+        for columns in self.layout:
+            if columns.place == place and columns.role == role:
+                return params_BP[:, columns.start : columns.stop]
+        raise AssertionError(f"operation {place} stores nothing as {role}")
+
+    @property
     def param_names(self) -> tuple[str, ...]:
-        """Names of the stored parameters, `<place>.<operation>.<parameter>`."""
-        return tuple(
-            f"{place}.{_name(operation)}.{param}"
-            for place, operation in enumerate(self.operations)
-            for param in operation.params
-        )
+        """Names of the stored parameters, `<place>.<operation>.<parameter>`; a partner's begin with `partner.`."""
+        names: list[str] = []
+        for place, role, _, _ in self.layout:
+            stem = f"{place}.{operation_name(self.operations[place])}"
+            prefix = "partner." if role == "partner" else ""
+            params = _IDENTITY if role == "identity" else self.operations[place].params
+            names += [f"{prefix}{stem}.{param}" for param in params]
+        return tuple(names)
 
     @property
     def random(self) -> bool:
         """Whether two views of one sample can differ."""
         return any(operation.blocks for operation in self.operations)
 
+    @property
+    def batched_from(self) -> int:
+        """The first operation from which on all have a batched form: from there a batch may be on any device."""
+        places = [place for place, operation in enumerate(self.operations) if not operation.batched]
+        return places[-1] + 1 if places else 0
+
     def describe(self) -> list[dict[str, Any]]:
         """The recipe as it may be written in a YAML file, every default spelled out."""
-        steps = [{_name(operation): dataclasses.asdict(operation)} for operation in self.operations]  # type: ignore[call-overload]
+        steps = [{operation_name(operation): _arguments(operation)} for operation in self.operations]
         return [*steps, {"normalize": self.normalize.model_dump(mode="json")}] if self.normalize else steps
 
     @property
@@ -68,79 +120,34 @@ class Recipe:
         steps = [step for step in self.describe() if "normalize" not in step]
         return fingerprint("view", RECIPE_VERSION, {"steps": steps, "seed": self.seed})
 
-    def resolve(self, digests_B: NDArray[np.uint64], sizes_B2: Sizes, view: int) -> Params:
-        """Draws every parameter of one view of many samples.
+    def partners(self, params_BP: Params) -> NDArray[np.uint64] | None:
+        """Key digests [B] of the partners that stored parameters name; None where the recipe does not mix."""
+        if self.mixing is None:
+            return None
+        start = next(columns.start for columns in self.layout if columns.role == "identity")
+        low, high = np.ascontiguousarray(params_BP[:, start : start + 2]).view(np.uint32).T.astype(np.uint64)
+        digests: NDArray[np.uint64] = low | high << np.uint64(32)
+        return digests
 
-        Args:
-            digests_B: uint64 [B], digests of the samples' keys.
-            sizes_B2: int64 [B, 2], (height, width) of the decoded images.
-            view: the view number.
+    def draw(self, digests_B: NDArray[np.uint64], sizes_B2: Sizes, view: int, pool: Pool | None = None) -> Drawn:
+        """Draws every parameter of one view of many samples: see `drawing.draw`."""
+        return draw(self, digests_B, sizes_B2, view, pool)
 
-        Returns:
-            int32 [B, P], columns as in `param_names`.
-        """
-        drawn = []
-        for place, operation in enumerate(self.operations):
-            words = view_words(digests_B, view, place, operation.blocks, self.seed)
-            drawn.append(operation.draw(words, sizes_B2))
-            sizes_B2 = operation.output_sizes(sizes_B2)
-        return np.concatenate([np.empty((len(digests_B), 0), np.int32), *drawn], axis=1)
-
-    def render(self, image_CHW: Tensor, params_P: Sequence[int]) -> Tensor:
-        """One decoded image and its resolved parameters to the uint8 view [C, H, W]."""
-        start = 0
-        for operation in self.operations:
-            stop = start + len(operation.params)
-            image_CHW = operation.apply(image_CHW, tuple(int(value) for value in params_P[start:stop]))
-            start = stop
-        return image_CHW
+    def render(
+        self, images: Images, params_BP: Params, partners: Images = (), how: How = HOW
+    ) -> tuple[Images, Mixed | None]:
+        """Decoded images and their parameters to uint8 views: see `rendering.render`."""
+        return render(self, images, params_BP, partners, how)
 
 
-def _name(operation: Operation) -> str:
+def operation_name(operation: Operation) -> str:
+    """The name that a configuration gives it."""
     return next(name for name, kind in OPERATIONS.items() if kind is type(operation))
 
 
-def parse_recipe(steps: Iterable[Mapping[str, Mapping[str, Any]]], seed: int) -> Recipe:
-    """Builds a recipe from the steps of a configuration.
-
-    Args:
-        steps: one `{name: parameters}` mapping for each step; `normalize` may only come last.
-        seed: 64-bit root seed.
-
-    Raises:
-        SpecError: an unknown operation or parameter, or a value that the operation refuses.
-    """
-    operations: list[Operation] = []
-    normalize: NormalizeSpec | None = None
-    for place, step in enumerate(steps):
-        where = f"views.recipe.{place}"
-        if len(step) != 1:
-            raise SpecError(where, "must be one {name: parameters}", dict(step), "Write one operation a step.")
-        ((name, arguments),) = step.items()
-        if normalize is not None:
-            raise SpecError(where, "nothing may follow `normalize`", name, "Move `normalize` to the end.")
-        if name == "normalize":
-            normalize = _normalize(where, arguments)
-        elif name in OPERATIONS:
-            operations.append(_operation(where, name, arguments))
-        else:
-            known = ", ".join([*OPERATIONS, "normalize"])
-            raise SpecError(where, "is not a known operation", name, f"Use one of: {known}.")
-    return Recipe(tuple(operations), seed, normalize)
-
-
-def _normalize(where: str, arguments: Mapping[str, Any]) -> NormalizeSpec:
-    try:
-        return NormalizeSpec.model_validate(dict(arguments))
-    except ValidationError as error:
-        message = error.errors()[0]["msg"]
-        raise SpecError(f"{where}.normalize", message, dict(arguments), "Give mean and std.") from None
-
-
-def _operation(where: str, name: str, arguments: Mapping[str, Any]) -> Operation:
-    values = {key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()}
-    try:
-        return OPERATIONS[name](**values)
-    except (TypeError, ValueError) as error:
-        hint = "Parameters have torchvision's names and defaults."
-        raise SpecError(f"{where}.{name}", str(error), dict(arguments), hint) from None
+def _arguments(operation: Operation) -> dict[str, Any]:
+    """Every argument; one that was added later is left out at its default, so that older recipes keep their names."""
+    fields = dataclasses.fields(operation)  # type: ignore[arg-type]
+    values = {field.name: getattr(operation, field.name) for field in fields}
+    added = {field.name for field in fields if field.metadata.get("added") and values[field.name] == field.default}
+    return {name: value for name, value in values.items() if name not in added}

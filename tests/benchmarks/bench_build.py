@@ -22,8 +22,7 @@ from typing import Any
 import torch
 
 import teacher_cache as tc
-from teacher_cache.plan import first_views, open_parts
-from teacher_cache.precompute import worker_count
+from teacher_cache.plan import first_views, open_parts, worker_count
 from teacher_cache.spec import BuildSpec, parse, read_yaml
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
@@ -19,7 +20,8 @@ sys.path.insert(0, str(HERE.parent))
 import teacher_cache as tc
 from teacher_cache.fingerprint import key_digests
 from teacher_cache.spec import BuildSpec, ViewSpec
-from teacher_cache.views import open_recipe
+from teacher_cache.views import Pool, open_recipe, render_views
+from teacher_cache.views.philox import Words
 
 FEATURE = {"pool": "mean", "encoding": "dense_f16"}
 TOP_K = {"encoding": {"kind": "top_k", "k": 3}}
@@ -69,6 +71,12 @@ OPERATIONS: dict[str, tuple[dict[str, Any], list[list[int]]]] = {
     "random_resized_crop": ({"size": 224}, [[375, 500], [500, 333], [4, 900], [900, 4]]),
     "resize": ({"size": 9}, [[32, 40], [7, 5]]),
     "center_crop": ({"size": 9}, [[32, 40], [7, 5]]),
+    "color_jitter": ({"brightness": 0.4, "contrast": [0.2, 3.0], "hue": 0.5}, [[32, 32], [40, 31]]),
+    "rand_augment": ({"num_ops": 3}, [[32, 40], [224, 320]]),
+    "trivial_augment": ({}, [[32, 40], [224, 320]]),
+    "random_erasing": ({"p": 0.8}, [[32, 40], [5, 400]]),
+    "mixup": ({"alpha": 0.3}, [[32, 32], [40, 31]]),
+    "cutmix": ({"alpha": 2.5}, [[32, 32], [40, 31]]),
 }
 """One recipe for each operation, and the sizes of the images that it meets."""
 
@@ -82,12 +90,36 @@ def resolved_parameters() -> dict[str, Any]:
             (_, operation) = recipe.operations
             for view in (0, 1, 2**32 - 2):
                 for key in ("digits/0000", "n01440764/é 1.JPEG"):
-                    from teacher_cache.views.philox import view_words
-
-                    words = view_words(key_digests([key] * len(sizes)), view, 1, operation.blocks, seed)
+                    words = Words(key_digests([key] * len(sizes)), view, 1, seed)
                     params = operation.draw(words, np.array(sizes)).tolist()
                     outputs = operation.output_sizes(np.array(sizes)).tolist()
                     found[f"{name}|{seed}|{view}|{key}"] = {"params": params, "outputs": outputs}
+    return found
+
+
+RECIPES: dict[str, list[dict[str, Any]]] = {
+    "cifar": [{"pad_crop": {"size": 32, "padding_mode": "reflect"}}, {"horizontal_flip": {}}, {"random_erasing": {"value": [9, 8, 7]}}],
+    "integer": [{"random_resized_crop": {"size": [24, 28], "kernel": "integer"}}, {"horizontal_flip": {}}, {"mixup": {"alpha": 0.2}}],
+    "nearest": [{"resize": {"size": 40, "interpolation": "nearest"}}, {"center_crop": {"size": 36}}, {"cutmix": {}}],
+    "augmented": [{"color_jitter": {"brightness": 0.5}}, {"trivial_augment": {}}, {"pad_crop": {"size": 30}}],
+}
+"""Whole recipes whose pixels are the same on any machine (integers, copies, and float arithmetic that does not fuse)."""
+
+
+def rendered_views() -> dict[str, Any]:
+    """For each recipe: (seed, sample key, view) to parameters and pixel digest."""
+    keys = [f"n01440764/é {number}.JPEG" for number in range(6)]
+    digests = key_digests(keys)
+    ramp = np.arange(3 * 32 * 32).reshape(3, 32, 32)
+    images = [torch.from_numpy(((ramp * (2 * number + 3) >> 3) % 256).astype(np.uint8)) for number in range(6)]
+    found = {}
+    for name, steps in RECIPES.items():
+        for seed in (0, 2**64 - 1):
+            recipe = open_recipe(ViewSpec.model_validate({"recipe": steps, "seed": seed}))
+            for view in (0, 2**32 - 2):
+                views = render_views(recipe, images, digests, view, Pool(digests, images.__getitem__))
+                for key, params, digest in zip(keys, views.params_BP.tolist(), views.digests().tolist(), strict=True):
+                    found[f"{name}|{seed}|{view}|{key}"] = {"params": params, "digest": f"{digest:016x}"}
     return found
 
 
@@ -100,7 +132,13 @@ def main() -> None:
         np.savez(HERE / f"{name}.npz", **stored(cache))
         text = json.dumps({"keys": cache.samples.keys, "labels": cache.labels.tolist(), "content": cache.samples.content.tolist(), "identity": cache.manifest.identity.model_dump()}, indent=1)
         (HERE / f"{name}.json").write_text(text + "\n")
+    freeze()
+
+
+def freeze() -> None:
+    """Parameters and views: `python -c 'import regenerate; regenerate.freeze()'` adds what a new operation gives."""
     (HERE / "parameters.json").write_text(json.dumps(resolved_parameters(), indent=0) + "\n")
+    (HERE / "views.json").write_text(json.dumps(rendered_views(), indent=0) + "\n")
 
 
 if __name__ == "__main__":
