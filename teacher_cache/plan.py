@@ -82,16 +82,19 @@ def worker_count(compute: ComputeSpec) -> int:
 def first_views(opened: Opened, count: int = 1) -> tuple[list[int], Views]:
     """View 0 of the first `count` samples that can be decoded (fewer where the source is smaller)."""
     rows: list[int] = []
+    reason = ""
     for row in range(len(opened.source)):
         try:
             opened.source.item(row)
-        except BrokenSample:
+        except BrokenSample as broken:
+            reason = reason or str(broken)
             continue
         rows.append(row)
         if len(rows) == count:
             break
     if not rows:
-        raise SourceError("source", "has no sample that can be decoded", len(opened.source), "Check the files.")
+        rule = f"has no sample that can be decoded; the first: {reason}"
+        raise SourceError("source", rule, f"{len(opened.source)} samples", "Check the files, or convert them.")
     return rows, opened.view_of(rows, 0)
 
 
@@ -189,6 +192,16 @@ def _identity(opened: Opened, shapes: dict[str, tuple[int, ...]]) -> Identity:
     )
 
 
+def _require_repeatable(opened: Opened, rows: list[int], views: Views) -> None:
+    """A callable that draws from another generator than torch's gives other pixels for the same seed."""
+    again = opened.view_of(rows, 0).digests()
+    differs = again != views.digests()
+    if differs.any():
+        key = opened.source.keys[rows[int(differs.argmax())]]
+        hint = "Draw from torch's global generator only: NumPy's and Python's are not seeded."
+        raise SpecError("views", "must give the same view twice", f"two different views of {key}", hint)
+
+
 _HINTS = {
     "source": "The data set changed since the cache was begun: restore it, or begin a new cache.",
     "recipe": "Restore `views` as it was, or begin a new cache.",
@@ -243,6 +256,7 @@ def begin(root: Path, opened: Opened) -> Manifest:
         return found
     _require_fresh(root)
     rows, views = first_views(opened, reference_count(planned.view_shape))
+    _require_repeatable(opened, rows, views)
     table = sample_table.write_samples(root, sample_table.of_source(opened.source))
     references = write_references(root, rows, views)
     manifest = planned.model_copy(update={"samples": table, "references": references})

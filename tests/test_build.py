@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -482,6 +483,38 @@ class TestFailures:
         with pytest.raises(SpecError, match="one shape"):
             serial(spec.model_copy(update={"cache": str(tmp_path / "other")}))
         assert not (tmp_path / "other").exists(), "what the first samples show is refused before anything is written"
+
+    def test_a_callable_that_nobody_can_seed(self, arrays: Path, tmp_path: Path) -> None:
+        """Found by making the same views twice, before anything is written."""
+        views = {"callable": "toy_models:from_numpys_generator", "count": 1}
+        with pytest.raises(SpecError, match=r"same view twice.*images/"):
+            serial(toy_spec(tmp_path / "cache", arrays, views=views))
+        assert not (tmp_path / "cache").exists()
+
+    @pytest.mark.parametrize("dtype", ["uint16", "float32", "int64", "bool"])
+    def test_arrays_that_are_no_bytes(self, dtype: str, arrays: Path, tmp_path: Path) -> None:
+        """16-bit and float images are refused with what to do, not cut to 8 bits in silence."""
+        shutil.copytree(arrays, tmp_path / "arrays")
+        np.save(tmp_path / "arrays/images.npy", np.load(arrays / "images.npy").astype(dtype))
+        with pytest.raises(SourceError, match=f"must be uint8.*{dtype}.*Scale them"):
+            serial(toy_spec(tmp_path / "cache", tmp_path / "arrays"))
+
+    def test_pictures_of_16_bits(self, tmp_path: Path) -> None:
+        (tmp_path / "images/a").mkdir(parents=True)
+        Image.fromarray(np.full((8, 8), 999, np.uint16)).save(tmp_path / "images/a/0.png")
+        source = {"kind": "folder", "path": str(tmp_path / "images")}
+        with pytest.raises(SourceError, match=r"no sample that can be decoded.*more than 8 bits a channel"):
+            serial(toy_spec(tmp_path / "cache", tmp_path, source=source))
+
+    def test_images_of_many_channels(self, tmp_path: Path) -> None:
+        """Seven channels of satellite data: built, verified and read like any other."""
+        images = np.random.Generator(np.random.Philox(1)).integers(0, 256, (9, 8, 8, 7), np.uint8)
+        np.save(tmp_path / "images.npy", images)
+        source = {"kind": "numpy", "images": str(tmp_path / "images.npy")}
+        spec = toy_spec(tmp_path / "cache", tmp_path, source=source, teacher__arguments={"pixels": 7 * 64})
+        serial(spec)
+        assert tc.open(tmp_path / "cache").manifest.view_shape == (7, 8, 8)
+        assert tc.verify(tmp_path / "cache", views="all", recompute=9).ok
 
     def test_a_folder_that_cannot_be_written(self, arrays: Path, tmp_path: Path) -> None:
         """Works for root too: a file stands where the folder should be."""

@@ -482,6 +482,29 @@ class TestSeededGlobal:
         assert recipe.fingerprint != self._recipe().fingerprint
         assert self._recipe(seed=4).fingerprint != self._recipe().fingerprint
 
+    def test_a_whole_pipeline_is_seeded_the_cheap_way(self) -> None:
+        """Any torchvision v2 pipeline: what `manual_seed` with the stored number gives, and no `fork_rng`."""
+        import toy_models
+
+        images = images_of(3)
+        views = render_views(self._recipe("toy_models:PIPELINE"), images, DIGESTS[:3], 2)
+        for image, seed, view in zip(images, views.params_BP[:, 0].tolist(), views.pixels_BCHW, strict=True):
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed & 0xFFFFFFFF)
+                assert torch.equal(toy_models.PIPELINE(image), view)
+
+    def test_a_transform_in_place_does_not_reach_the_decoded_image(self) -> None:
+        """Several views are made from one decoding."""
+        recipe, images = self._recipe("toy_models:in_place"), images_of(3)
+        first = render_views(recipe, images, DIGESTS[:3], 0)
+        render_views(recipe, images, DIGESTS[:3], 1)
+        assert torch.equal(first.pixels_BCHW, render_views(recipe, images, DIGESTS[:3], 0).pixels_BCHW)
+        assert all(torch.equal(*pair) for pair in zip(images, images_of(3), strict=True))
+
+    def test_whatever_a_callable_raises_names_it(self) -> None:
+        with pytest.raises(SpecError, match=r"toy_models:wants_a_picture: raised AttributeError.*uint8 tensor"):
+            render_views(self._recipe("toy_models:wants_a_picture"), images_of(1), DIGESTS[:1], 0)
+
     @pytest.mark.parametrize(
         "reference", ["half_up", "toy_models:", "toy_models:missing", "no_module_of_this_name:x", "math:pi"]
     )
@@ -500,3 +523,26 @@ def test_parameters_of_a_callable_are_in_its_fingerprint(monkeypatch: pytest.Mon
     assert " at 0x" not in str(one.describe())
     monkeypatch.setattr(toy_models, "SHIFT_ONE", toy_models.SHIFT_TWO)
     assert open_recipe(spec).view_fingerprint != before
+
+
+class TestOtherImages:
+    """Views are uint8 with any number of channels; operations that need colours say so before anything is drawn."""
+
+    @given(channels=st.sampled_from([1, 2, 4, 7]), seed=SEEDS)
+    def test_any_number_of_channels(self, channels: int, seed: int) -> None:
+        geometric = [*ALL_STEPS[:5], {"random_erasing": {}}]
+        images = images_of(3, channels=channels, seed=seed)
+        views = render_views(recipe_of(*geometric), images, DIGESTS[:3], 1)
+        assert views.pixels_BCHW.shape == (3, channels, 16, 16)
+        for channel in range(channels):
+            alone = render_views(
+                recipe_of(*geometric), [image[channel : channel + 1] for image in images], DIGESTS[:3], 1
+            )
+            assert torch.equal(alone.pixels_BCHW[:, 0], views.pixels_BCHW[:, channel])
+
+    @pytest.mark.parametrize("step", ["color_jitter", "rand_augment", "trivial_augment"])
+    @pytest.mark.parametrize("channels", [2, 4])
+    def test_colours_need_one_or_three(self, step: str, channels: int) -> None:
+        with pytest.raises(SpecError, match=f"channels must be 1 or 3.*found {channels}"):
+            render_views(recipe_of(step), images_of(1, channels=channels), DIGESTS[:1], 0)
+        assert len(render_views(recipe_of(step), images_of(2, channels=1), DIGESTS[:2], 0).pixels_BCHW) == 2

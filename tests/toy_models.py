@@ -11,8 +11,10 @@ import os
 import signal
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torchvision.transforms import v2
 
 POISON = 255
 """A sample whose pixels are all this makes the misbehaving teachers misbehave."""
@@ -163,6 +165,25 @@ def half_up(image_CHW: Tensor) -> Tensor:
     """A seeded-global view: adds global noise to uint8 pixels."""
     noise = torch.randint(0, 3, image_CHW.shape, dtype=torch.uint8)
     return (image_CHW // 2) + noise
+
+
+PIPELINE = v2.Compose([v2.RandomResizedCrop(12), v2.RandomHorizontalFlip(), v2.ColorJitter(0.4), v2.RandomErasing()])
+"""A whole torchvision pipeline, as a user has one already."""
+
+
+def in_place(image_CHW: Tensor) -> Tensor:
+    """A transform that overwrites what it is given."""
+    return image_CHW.bitwise_xor_(1 + torch.randint(0, 200, (), dtype=torch.uint8))
+
+
+def from_numpys_generator(image_CHW: Tensor) -> Tensor:
+    """A transform whose randomness nobody seeds."""
+    return image_CHW ^ int(np.random.randint(0, 2**8))
+
+
+def wants_a_picture(image_CHW: Tensor) -> Tensor:
+    """A transform for PIL images."""
+    return image_CHW.getpixel((0, 0))  # type: ignore[operator]
 
 
 def as_float(image_CHW: Tensor) -> Tensor:

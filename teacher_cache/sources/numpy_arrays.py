@@ -21,7 +21,8 @@ class NumpyArrays:
         self._images = _load("source.images", images, mmap=True)
         if self._images.dtype != np.uint8 or self._images.ndim not in (3, 4):
             found = f"{self._images.dtype} {self._images.shape}"
-            raise SourceError("source.images", "must be uint8 [N, H, W] or [N, H, W, C]", found, "Convert them.")
+            hint = "Scale them to 0..255 and save as uint8: a view's pixels are bytes, and so is its digest."
+            raise SourceError("source.images", "must be uint8 [N, H, W] or [N, H, W, C]", found, hint)
         self.labels: NDArray[np.int64] | None = None
         if labels is not None:
             given = _load("source.labels", labels, mmap=False)

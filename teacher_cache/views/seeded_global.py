@@ -30,6 +30,11 @@ from teacher_cache.views.rendering import How
 _ANYHOW = How()
 
 
+def _load(reference: str) -> Callable[[Tensor], Tensor]:
+    loaded: Callable[[Tensor], Tensor] = import_attribute(reference, "views.callable")
+    return loaded
+
+
 @dataclass(frozen=True)
 class SeededGlobal:
     """A callable `uint8 [C, H, W] -> uint8 [C, H, W]` named as `module:attribute`.
@@ -47,19 +52,15 @@ class SeededGlobal:
     random: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not callable(self._callable()):
+        if not callable(_load(self.reference)):
             raise SpecError("views.callable", "must name a callable", self.reference, "Name a transform.")
-
-    def _callable(self) -> Callable[[Tensor], Tensor]:
-        loaded: Callable[[Tensor], Tensor] = import_attribute(self.reference, "views.callable")
-        return loaded
 
     def describe(self) -> dict[str, str]:
         """What is known of the callable: its name and the versions that its pixels depend on."""
         versions = {"torch": torch.__version__, "torchvision": torchvision.__version__}
         return {
             "callable": self.reference,
-            "repr": re.sub(r" at 0x[0-9a-fA-F]+", "", repr(self._callable())),
+            "repr": re.sub(r" at 0x[0-9a-fA-F]+", "", repr(_load(self.reference))),
             **versions,
         }
 
@@ -99,7 +100,12 @@ class SeededGlobal:
         saved = torch.default_generator.get_state()
         try:
             torch.default_generator.manual_seed(seed)
-            view = self._callable()(image_CHW)
+            # A copy: a transform that works in place must not reach the next view of the same decoding.
+            view = _load(self.reference)(image_CHW.clone())
+        except Exception as error:
+            # Whatever a user's transform raises is the transform's fault; it is named and chained.
+            hint = "It is called with a uint8 tensor [C, H, W]; correct it, then run the same command again."
+            raise SpecError(self.reference, f"raised {error!r}", tuple(image_CHW.shape), hint) from error
         finally:
             torch.default_generator.set_state(saved)
         if not (isinstance(view, Tensor) and view.dtype == torch.uint8 and view.ndim == 3):
