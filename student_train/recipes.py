@@ -72,8 +72,7 @@ class DataSpec(Strict):
             raise ValueError("give either `cache`, or `source` and `views`")
         if (self.cache is None or self.views is not None) and (self.size is not None or self.tolerance != "exact"):
             raise ValueError("`size` and `tolerance` are for the views that the teacher saw: leave out `views`")
-        sizes = self.size if isinstance(self.size, tuple) else (self.size or 1,)
-        if min(sizes) < 1:
+        if self.size is not None and min(self.size if isinstance(self.size, tuple) else (self.size,)) < 1:
             raise ValueError("`size` must be above 0")
         return self
 

@@ -112,7 +112,7 @@ def test_pixels_that_differ_are_found_by_digest(built: Path, monkeypatch: pytest
 
     def brighter(self: Recipe, *arguments: Any) -> Any:
         views, mixed = render(self, *arguments)
-        return views + 3, mixed
+        return torch.stack(list(views)) + 3, mixed
 
     monkeypatch.setattr(Recipe, "render", brighter)
     message = r"8 reference views 512 of 512 values \(100.00%\) differ, by at most 3 of 255.*same parameters"
