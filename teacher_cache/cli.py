@@ -200,6 +200,7 @@ def _source(config: Path | None) -> SourceSpec | None:
 def describe(path: CachePath, json: Json = False) -> None:
     """Say what a cache is: identity, views, fields, fidelity, tombstones."""
     from teacher_cache.reader import open_cache
+    from teacher_cache.views import open_recipe
 
     cache = open_cache(path)
     manifest, samples = cache.manifest, cache.samples
@@ -212,6 +213,7 @@ def describe(path: CachePath, json: Json = False) -> None:
         "rows": f"{manifest.rows:,} samples × {manifest.views} views",
         "view": f"{manifest.view_shape}, promise {manifest.promise}",
         "recipe": manifest.recipe,
+        "rendered": open_recipe(cache.spec.views).renderer,
         "teacher": f"{manifest.teacher} ({manifest.spec['teacher']['model']})",
         "fields": {name: list(shape) for name, shape in manifest.field_shapes.items()},
         "encodings": {name: encoding.name for name, encoding in manifest.encodings.items()},

@@ -223,7 +223,8 @@ class _Shard:
 
     def _count_correct(self, rows: list[int], outputs: dict[str, Tensor]) -> None:
         labels = self.job.opened.source.labels
-        if labels is None or "logits" not in outputs:
+        # A mixed view has two labels: neither is the right answer.
+        if labels is None or "logits" not in outputs or self.job.opened.recipe.mixing is not None:
             return
         self.labelled += len(rows)
         self.correct += int((outputs["logits"].argmax(1).cpu().numpy() == labels[rows]).sum())

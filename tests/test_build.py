@@ -484,6 +484,15 @@ class TestFailures:
             serial(spec.model_copy(update={"cache": str(tmp_path / "other")}))
         assert not (tmp_path / "other").exists(), "what the first samples show is refused before anything is written"
 
+    def test_two_keys_of_one_digest(self, arrays: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Two samples would share every view's address: found when planning, before anything is written."""
+        digests = np.arange(ROWS, dtype=np.uint64)
+        digests[20] = digests[3]
+        monkeypatch.setattr("teacher_cache.plan.key_digests", lambda _keys: digests)
+        with pytest.raises(SourceError, match="two keys one 64-bit digest"):
+            serial(toy_spec(tmp_path / "cache", arrays))
+        assert not (tmp_path / "cache").exists()
+
     def test_a_callable_that_nobody_can_seed(self, arrays: Path, tmp_path: Path) -> None:
         """Found by making the same views twice, before anything is written."""
         views = {"callable": "toy_models:from_numpys_generator", "count": 1}

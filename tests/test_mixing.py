@@ -255,6 +255,8 @@ class TestThroughTheCache:
         spec = toy_spec(tmp_path / "again", arrays, views=VIEWS, compute__views_per_decode=3)
         tc.build(spec, executor="serial")
         assert tree(tmp_path / "again") == tree(mixed)
+        totals = tc.open(mixed).totals
+        assert (totals.labelled, totals.correct) == (0, 0), "a mixed view has no one right answer"
         assert tc.verify(mixed, views="all", recompute=30).ok
 
     def test_a_source_of_other_samples_is_refused(self, mixed: Path, arrays: Path, tmp_path: Path) -> None:

@@ -104,6 +104,15 @@ class Recipe:
         places = [place for place, operation in enumerate(self.operations) if not operation.batched]
         return places[-1] + 1 if places else 0
 
+    @property
+    def renderer(self) -> str:
+        """How much of it works on whole batches, for people."""
+        names = [f"{place} {operation_name(step)}" for place, step in enumerate(self.operations) if not step.batched]
+        if not names:
+            return "batched, on any device"
+        tail = "" if self.batched_from == len(self.operations) else f"; batched from operation {self.batched_from} on"
+        return f"image by image for {', '.join(names)}{tail}"
+
     def describe(self) -> list[dict[str, Any]]:
         """The recipe as it may be written in a YAML file, every default spelled out."""
         steps = [{operation_name(operation): _arguments(operation)} for operation in self.operations]

@@ -75,6 +75,11 @@ class SeededGlobal:
         return self.fingerprint
 
     @property
+    def renderer(self) -> str:
+        """A callable knows no batch."""
+        return "image by image"
+
+    @property
     def mixing(self) -> None:
         """A callable sees one image at a time."""
         return None

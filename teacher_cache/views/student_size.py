@@ -54,7 +54,10 @@ def at_size(recipe: object, size: int | tuple[int, int]) -> Resized:
     Raises:
         SpecError: the recipe does not allow it; the message names the operation that stands in the way.
     """
-    after = pair("size", size)
+    try:
+        after = pair("size", size)
+    except ValueError as error:
+        raise SpecError("size", str(error), size, "For example 160, or (160, 192).") from None
     if not isinstance(recipe, Recipe):
         hint = "A `seeded-global` callable has one output size: use native operations, or the teacher's size."
         raise SpecError("size", "needs native operations", after, hint)

@@ -66,7 +66,7 @@ class MixUp(Mix):
         return fixed_point(draw_beta(words, self.alpha, first=1))[:, None].astype(np.int32)
 
     def mix(self, images_BCHW: Tensor, partners_BCHW: Tensor, params_BP: Params) -> Tensor:
-        lam = torch.from_numpy(params_BP[:, 0]).to(images_BCHW.device).view(-1, 1, 1, 1)
+        lam = torch.tensor(params_BP[:, 0], device=images_BCHW.device).view(-1, 1, 1, 1)
         mixed = images_BCHW * lam + partners_BCHW * (_ONE - lam)
         return mixed.add_(_ONE // 2).bitwise_right_shift_(16).to(torch.uint8)
 
@@ -113,7 +113,7 @@ class CutMix(Mix):
 
 def in_boxes(boxes_B4: Params, size: tuple[int, int], device: torch.device) -> Tensor:
     """Which pixels [B, H, W] lie in each image's box (x1, y1, x2, y2), the far edges excluded."""
-    x1, y1, x2, y2 = torch.from_numpy(boxes_B4).to(device, torch.int64).T[:, :, None]
+    x1, y1, x2, y2 = torch.tensor(boxes_B4, device=device, dtype=torch.int64).T[:, :, None]
     rows = torch.arange(size[0], device=device)
     columns = torch.arange(size[1], device=device)
     inside: Tensor = ((rows >= y1) & (rows < y2))[:, :, None] & ((columns >= x1) & (columns < x2))[:, None, :]
