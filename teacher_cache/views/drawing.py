@@ -87,4 +87,7 @@ def _draw_partners(
 
 def image_sizes(images: Sequence[Tensor]) -> Sizes:
     """(height, width) of each image, int64 [B, 2]."""
-    return np.array([image.shape[1:] for image in images], np.int64).reshape(-1, 2)
+    shapes = [image.shape for image in images]
+    if len(set(shapes)) == 1:
+        return np.tile(np.array(shapes[0][1:], np.int64), (len(shapes), 1))
+    return np.array([shape[1:] for shape in shapes], np.int64).reshape(-1, 2)

@@ -41,21 +41,28 @@ from teacher_cache.views.digest import pixel_digests
 
 Rows = dict[str, str]
 BATCH = 256
+TURN = 0.02
+"""Seconds that a turn lasts at least."""
 CIFAR: list[Any] = [{"pad_crop": {"size": 32}}, "horizontal_flip"]
 IMAGENET: list[Any] = [{"random_resized_crop": {"size": 224}}, "horizontal_flip"]
 
 
 def in_turns(rounds: int, *works: Callable[[], object]) -> list[list[float]]:
-    """Seconds of each work in each round; the order changes from round to round."""
+    """Seconds of each work in each round; the order changes from round to round, short works are repeated."""
+    repeats = []
     for work in works:
         work()
+        started = time.perf_counter()
+        work()
+        repeats.append(max(1, round(TURN / (time.perf_counter() - started))))
     seconds: list[list[float]] = [[] for _ in works]
     for number in range(rounds):
         order = range(len(works)) if number % 2 else reversed(range(len(works)))
         for place in order:
             started = time.perf_counter()
-            works[place]()
-            seconds[place].append(time.perf_counter() - started)
+            for _ in range(repeats[place]):
+                works[place]()
+            seconds[place].append((time.perf_counter() - started) / repeats[place])
     return seconds
 
 

@@ -118,7 +118,16 @@ class PadCrop(Operation):
         return self._padded(image_CHW)[:, top : top + height, left : left + width]
 
     def apply_batch(self, images_BCHW: Tensor, params_BP: Params) -> Tensor:
-        return cut_windows(self._padded(images_BCHW), params_BP, pair("size", self.size))
+        return cut_windows(self._padded_batch(images_BCHW), params_BP, pair("size", self.size))
+
+    def _padded_batch(self, images_BCHW: Tensor) -> Tensor:
+        if self.padding_mode != "constant":
+            return self._padded(images_BCHW)
+        batch, channels, height, width = images_BCHW.shape
+        edge = self.padding
+        padded = images_BCHW.new_full((batch, channels, height + 2 * edge, width + 2 * edge), self.fill)
+        padded[:, :, edge : edge + height, edge : edge + width] = images_BCHW
+        return padded
 
     def _padded(self, images: Tensor) -> Tensor:
         padded: Tensor = pixels.pad(images, [self.padding], fill=self.fill, padding_mode=self.padding_mode)
