@@ -21,7 +21,8 @@ from teacher_cache.encodings import DenseTarget, SparseTarget, joined
 from teacher_cache.errors import SpecError, ViewMismatch
 from teacher_cache.sources.base import Item
 from teacher_cache.sources.numpy_arrays import NumpyArrays
-from teacher_cache.spec import ViewSpec, parse
+from teacher_cache.spec import ViewSpec, load_spec, parse, read_yaml
+from teacher_cache.views import open_recipe
 
 MANY = {"recipe": [{"pad_crop": {"size": 8, "padding": 2}}, "horizontal_flip"], "count": 6, "seed": 11}
 
@@ -293,6 +294,19 @@ class TestConfiguration:
     def test_what_does_not_go_together(self, data: dict[str, Any], message: str) -> None:
         with pytest.raises(SpecError, match=message):
             parse(DataSpec, data, "test")
+
+    def test_the_four_schemes_of_the_examples(self) -> None:
+        """What the README shows can be read, and differs in what it should."""
+        folder = Path(__file__).parent.parent / "examples/schemes"
+        specs = {name: load_spec(folder / f"{name}.yaml") for name in ("clean", "consistent", "matching")}
+        assert specs["clean"].views.count == 1
+        assert len({spec.teacher.model_dump_json() for spec in specs.values()}) == 1
+        assert open_recipe(specs["matching"].views).mixing == 1
+        compared = parse(CompareSpec, read_yaml(folder / "compare.yaml"), "compare.yaml")
+        own = {arm: spec.data.views is not None if spec.data else False for arm, spec in compared.arms.items()}
+        assert own == {"fixed": True, "independent": True, "consistent": False, "matching": False}
+        caches = {arm: (spec.data or compared.data).cache for arm, spec in compared.arms.items()}
+        assert set(caches.values()) == {spec.cache for spec in specs.values()}
 
     def test_an_arm_may_have_its_own_data(self, arrays: Path, many: Path, tmp_path: Path) -> None:
         """The four schemes are arms of one comparison; a bare list is an objective, as before."""
