@@ -12,11 +12,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_stream import batches, same
-from toy_builds import ROWS, expected_logits, toy_spec, tree
+from toy_builds import ROWS, expected_logits, numpy_source, toy_spec, tree
 
 import teacher_cache as tc
 from student_train import CachedRows, CrossEntropy, Objective, OwnViews, ViewStream
-from student_train.recipes import CompareSpec, DataSpec
+from student_train.recipes import CompareSpec, DataSpec, FitSpec
+from student_train.run import open_data, train_one
+from student_train.train import FitResult
 from teacher_cache.encodings import DenseTarget, SparseTarget, joined
 from teacher_cache.errors import SpecError, ViewMismatch
 from teacher_cache.sources.base import Item
@@ -307,6 +309,46 @@ class TestConfiguration:
         assert own == {"fixed": True, "independent": True, "consistent": False, "matching": False}
         caches = {arm: (spec.data or compared.data).cache for arm, spec in compared.arms.items()}
         assert set(caches.values()) == {spec.cache for spec in specs.values()}
+
+    @pytest.mark.parametrize(
+        ("data", "train", "expected"),
+        [
+            ({}, {}, (1, None, "exact", 2)),
+            ({"size": 6, "tolerance": "rounding"}, {}, (1, 6, "rounding", 2)),
+            ({}, {"views_per_decode": 2, "check_views": 5}, (2, None, "exact", 5)),
+        ],
+    )
+    def test_a_run_opens_what_is_written(
+        self,
+        sized: Path,
+        arrays: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        data: dict[str, Any],
+        train: dict[str, Any],
+        expected: tuple[Any, ...],
+    ) -> None:
+        """Nothing that a configuration says is ignored on its way to the stream."""
+        seen: list[tuple[Any, ...]] = []
+
+        def spy(_student: Any, stream: ViewStream, *_: Any, **__: Any) -> FitResult:
+            rows, steps = stream.data, stream._steps
+            assert isinstance(rows, CachedRows)
+            seen.append((steps.together, rows._size, rows._tolerance, steps.check))
+            return FitResult([])
+
+        monkeypatch.setattr("student_train.run.fit", spy)
+        described = {
+            "run": str(tmp_path / "run"),
+            "data": {"cache": str(sized), **data},
+            "student": {"model": "small_cnn", "arguments": {"width": 2}},
+            "train": {"epochs": 1, "batch_size": 8, "device": "cpu", **train},
+            "evaluate": {"source": numpy_source(arrays), "views": {"recipe": []}},
+            "objective": [{"kind": "kd"}],
+        }
+        spec = parse(FitSpec, described, "test")
+        train_one(spec, open_data(spec), spec.objective, 0, tmp_path / "run")
+        assert seen == [expected]
 
     def test_an_arm_may_have_its_own_data(self, arrays: Path, many: Path, tmp_path: Path) -> None:
         """The four schemes are arms of one comparison; a bare list is an objective, as before."""
