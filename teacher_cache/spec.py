@@ -129,6 +129,20 @@ class DenseF16(Strict):
     kind: Literal["dense_f16"]
 
 
+class DenseU8(Strict):
+    """One byte a logit: steps below the row's maximum, of a fixed size or of the row's own."""
+
+    kind: Literal["dense_u8"]
+    mode: Literal["fixed", "row"] = Field(default="fixed", description="`row`: 255 steps span each row's range")
+    step: float = Field(default=0.125, gt=0, le=1, description="nats for one level, where the step is fixed")
+
+    @model_validator(mode="after")
+    def _fits(self) -> DenseU8:
+        if self.mode == "row" and "step" in self.model_fields_set and self.step != DenseU8.model_fields["step"].default:
+            raise ValueError("`step` has no meaning with `mode: row`, where each row has its own")
+        return self
+
+
 class TopK(Strict):
     """The k largest logits, and the log-mass of what was left out."""
 
@@ -136,7 +150,7 @@ class TopK(Strict):
     k: int = Field(gt=0)
 
 
-EncodingSpec = Annotated[DenseF32 | DenseF16 | TopK, Field(discriminator="kind")]
+EncodingSpec = Annotated[DenseF32 | DenseF16 | DenseU8 | TopK, Field(discriminator="kind")]
 
 
 class FieldSpec(Strict):
@@ -183,8 +197,8 @@ class TeacherSpec(Strict):
         for name, field in value.items():
             if name != "logits" and not (name.startswith("feature:") and len(name) > len("feature:")):
                 raise ValueError(f"field {name!r} is neither `logits` nor `feature:<node>`")
-            if name != "logits" and field.encoding.kind == "top_k":
-                raise ValueError(f"`top_k` keeps logits only, and {name!r} is a feature")
+            if name != "logits" and field.encoding.kind in ("top_k", "dense_u8"):
+                raise ValueError(f"`{field.encoding.kind}` keeps logits only, and {name!r} is a feature")
         return value
 
 

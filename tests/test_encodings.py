@@ -13,15 +13,17 @@ from hypothesis import strategies as st
 from strategies import SEEDS, logits
 from torch import Tensor
 
-from teacher_cache.encodings import DenseTarget, Encoding, SparseTarget, open_encoding, row_bytes
+from teacher_cache.encodings import DenseTarget, Encoding, SparseTarget, joined, open_encoding, row_bytes
 from teacher_cache.encodings.fidelity import measure_feature, measure_logits, total
 from teacher_cache.encodings.top_k import TopKLogits, narrowest
 from teacher_cache.errors import NonFiniteError, SpecError
-from teacher_cache.spec import DenseF16, DenseF32, EncodingSpec, TopK
+from teacher_cache.spec import DenseF16, DenseF32, DenseU8, EncodingSpec, FieldSpec, TeacherSpec, TopK, parse
 
 SPECS: dict[str, EncodingSpec] = {
     "dense_f32": DenseF32(kind="dense_f32"),
     "dense_f16": DenseF16(kind="dense_f16"),
+    "dense_u8": DenseU8(kind="dense_u8"),
+    "dense_u8 by row": DenseU8(kind="dense_u8", mode="row"),
     "top_1": TopK(kind="top_k", k=1),
     "top_5": TopK(kind="top_k", k=5),
     "top_all": TopK(kind="top_k", k=10**9),
@@ -86,6 +88,81 @@ def test_dense_f16_keeps_eleven_bits(values_BC: Tensor) -> None:
     assert target.values.dtype == torch.float16
     error = (target.values.double() - values_BC.double()).abs()
     assert bool((error <= values_BC.double().abs() * 2.0**-11 + 2.0**-25).all())
+
+
+QUANTISED = pytest.mark.parametrize("name", ["dense_u8", "dense_u8 by row"])
+
+
+def steps_of(name: str, values_BC: Tensor) -> Tensor:
+    """The step of each row, by the definition of the encoding."""
+    spread_B = values_BC.double().amax(1) - values_BC.double().amin(1)
+    return torch.full_like(spread_B, 0.125) if name == "dense_u8" else spread_B / 255
+
+
+@QUANTISED
+@given(values_BC=logits())
+def test_dense_u8_is_half_a_step_off(name: str, values_BC: Tensor) -> None:
+    """Each level below the maximum is off by at most half a step, or is cut at 255 of them; still one byte."""
+    target = round_trip(name, values_BC)
+    assert target.values.dtype == torch.uint8
+    below_BC = values_BC.double().amax(1, keepdim=True) - values_BC.double()
+    step_B1 = steps_of(name, values_BC)[:, None]
+    error_BC = (target.values.double() * target.steps.step_B.double()[:, None] - below_BC).abs()
+    inside_BC = below_BC <= 255 * step_B1
+    allowed_BC = step_B1 / 2 + 1e-6 + below_BC * 2.0**-22
+    assert bool((error_BC <= allowed_BC)[inside_BC].all())
+    assert bool((target.values[~inside_BC] == 255).all())
+    raw_error_BC = (target.dense().values.double() - values_BC.double()).abs()
+    rounded_B1 = values_BC.double().abs().amax(1, keepdim=True) * 2.0**-11 + 2.0**-24
+    assert bool((raw_error_BC <= allowed_BC + rounded_B1)[inside_BC].all())
+
+
+@QUANTISED
+@pytest.mark.parametrize("temperature", [1, 2, 4])
+@given(values_BC=logits())
+def test_dense_u8_keeps_its_declared_error(name: str, temperature: int, values_BC: Tensor) -> None:
+    """KL ≤ (step / T)² / 8; classes cut at 255 fixed steps have e^(−255 · step / T) too much, each, at most."""
+    target, step_B = round_trip(name, values_BC), steps_of(name, values_BC)
+    exact_BC, decoded_BC = softmax(values_BC, temperature), target.log_probs(temperature).double()
+    kl_B = (exact_BC.exp() * (exact_BC - decoded_BC)).sum(1)
+    cut = values_BC.shape[1] * math.exp(-255 * 0.125 / temperature) if name == "dense_u8" else 0.0
+    # Log-probabilities are float32: their own rounding is allowed for.
+    rounding_B = 1e-5 + decoded_BC.abs().amax(1) * 2.0**-22
+    assert bool((kl_B <= (step_B / temperature) ** 2 / 8 + cut + rounding_B).all())
+
+
+@QUANTISED
+@given(seed=SEEDS, classes=st.integers(2, 300), shift=st.integers(-60, 60))
+def test_dense_u8_does_not_see_a_shift(name: str, seed: int, classes: int, shift: int) -> None:
+    """Adding a constant to a row changes its maximum and its log-sum-exp, and nothing else."""
+    generator = torch.Generator().manual_seed(seed)
+    values_BC = torch.randint(-400, 400, (3, classes), generator=generator) * 2.0**-5
+    encoding = opened(name, classes)
+    here, there = encoding.encode(values_BC), encoding.encode(values_BC + shift)
+    for part in set(here) - {"maximum", "lse"}:
+        assert here[part].tobytes() == there[part].tobytes()
+    assert np.abs(there["maximum"].astype(float) - here["maximum"] - shift).max() <= 0.07
+
+
+def test_dense_u8_by_hand() -> None:
+    """Levels, step, maximum and log-sum-exp of two small rows."""
+    values_BC = torch.tensor([[2.0, 1.9, -40.0], [0.0, -51.0, -25.0]])
+    fixed = open_encoding(SPECS["dense_u8"], (3,), "logits").encode(values_BC)
+    assert fixed["values"].tolist() == [[0, 1, 255], [0, 255, 200]]
+    assert fixed["maximum"].tolist() == [2.0, 0.0]
+    assert fixed["lse"].tolist() == pytest.approx([2 + math.log(1 + math.exp(-0.1)), 0], abs=2e-3)
+    own = open_encoding(SPECS["dense_u8 by row"], (3,), "logits").encode(values_BC)
+    assert own["values"].tolist() == [[0, 1, 255], [0, 255, 125]]
+    assert own["step"].tolist() == pytest.approx([42 / 255, 0.2])
+
+
+def test_dense_u8_is_for_logits_and_takes_a_step_where_it_means_something() -> None:
+    with pytest.raises(SpecError, match="keeps logits only"):
+        parse(TeacherSpec, {"model": "a:b", "fields": {"feature:x": {"encoding": "dense_u8"}}}, "test")
+    with pytest.raises(SpecError, match="no meaning"):
+        parse(FieldSpec, {"encoding": {"kind": "dense_u8", "mode": "row", "step": 0.5}}, "test")
+    with pytest.raises(SpecError, match="step"):
+        parse(FieldSpec, {"encoding": {"kind": "dense_u8", "step": 0}}, "test")
 
 
 @pytest.mark.parametrize("name", ["top_1", "top_5", "top_all"])
@@ -316,6 +393,9 @@ class TestFidelity:
 
 def test_targets_move_together() -> None:
     """`to` moves every tensor of a target and keeps types."""
+    levels = round_trip("dense_u8 by row", torch.tensor([[1.0, 0.0], [5.0, 3.0]])).to("cpu")
+    assert levels.values.dtype == torch.uint8
+    assert torch.equal(joined([levels, levels]).log_probs(3), torch.cat([levels.log_probs(3)] * 2))
     dense = DenseTarget(torch.zeros(2, 3, dtype=torch.float16)).to("cpu")
     assert dense.values.dtype == torch.float16
     assert len(dense) == 2

@@ -6,18 +6,21 @@ from typing import assert_never
 
 from teacher_cache.encodings.base import Columns, Encoding, Part, row_bytes
 from teacher_cache.encodings.dense import Dense
-from teacher_cache.encodings.target import DenseTarget, SparseTarget, Target, joined
+from teacher_cache.encodings.dense_u8 import DenseU8 as DenseU8Logits
+from teacher_cache.encodings.target import DenseTarget, SparseTarget, Steps, Target, joined
 from teacher_cache.encodings.top_k import TopKLogits
 from teacher_cache.errors import SpecError
-from teacher_cache.spec import DenseF16, DenseF32, EncodingSpec, TopK
+from teacher_cache.spec import DenseF16, DenseF32, DenseU8, EncodingSpec, TopK
 
 __all__ = [
     "Columns",
     "Dense",
     "DenseTarget",
+    "DenseU8Logits",
     "Encoding",
     "Part",
     "SparseTarget",
+    "Steps",
     "Target",
     "TopKLogits",
     "joined",
@@ -39,6 +42,8 @@ def open_encoding(spec: EncodingSpec, shape: tuple[int, ...], field: str) -> Enc
             return Dense(shape, "float32")
         case DenseF16():
             return Dense(shape, "float16")
+        case DenseU8():
+            return DenseU8Logits(shape[0], spec.step if spec.mode == "fixed" else None)
         case TopK():
             if spec.k > shape[0]:
                 where, rule = f"teacher.fields.{field}.encoding.k", f"must be at most {shape[0]}, the classes"

@@ -11,26 +11,51 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class Steps:
+    """How quantised logits are read: logit = maximum − step · value."""
+
+    step_B: Tensor
+    """Nats for one level, float32."""
+    maximum_B: Tensor
+    """The row's largest logit, as stored."""
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Steps:
+        """The same on another device."""
+        moved = (part.to(device, non_blocking=non_blocking) for part in (self.step_B, self.maximum_B))
+        return Steps(*moved)
+
+
+@dataclass(frozen=True)
 class DenseTarget:
     """Values for every class or every feature."""
 
     values: Tensor
-    """[B, C] logits, or [B, ...] features, as stored (float16 or float32)."""
+    """[B, C] logits, or [B, ...] features, as stored: float16, float32, or uint8 with `steps`."""
+    steps: Steps | None = None
+    """What uint8 values mean; None where values are what they are."""
 
     def __len__(self) -> int:
         return len(self.values)
 
     def log_probs(self, temperature: float = 1.0) -> Tensor:
         """log softmax(values / T), float32 [B, C]."""
-        return torch.log_softmax(self.values.float() / temperature, dim=-1)
+        if self.steps is None:
+            return torch.log_softmax(self.values.float() / temperature, dim=-1)
+        # The maximum cancels in a softmax; what it was rounded to does not matter.
+        below_max_BC = self.values.float() * (-self.steps.step_B / temperature)[:, None]
+        return torch.log_softmax(below_max_BC, dim=-1)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> DenseTarget:
-        """The same target on another device."""
-        return DenseTarget(self.values.to(device, non_blocking=non_blocking))
+        """The same target on another device, still in its small type."""
+        steps = None if self.steps is None else self.steps.to(device, non_blocking)
+        return DenseTarget(self.values.to(device, non_blocking=non_blocking), steps)
 
     def dense(self) -> DenseTarget:
-        """Itself."""
-        return self
+        """Itself; quantised logits as float32."""
+        if self.steps is None:
+            return self
+        logits_BC = self.steps.maximum_B.float()[:, None] - self.values.float() * self.steps.step_B[:, None]
+        return DenseTarget(logits_BC)
 
 
 @dataclass(frozen=True)
@@ -106,7 +131,7 @@ def joined(targets: Sequence[Target]) -> Target:
     if len(targets) == 1:
         return first
     if isinstance(first, DenseTarget):
-        return DenseTarget(torch.cat([target.values for target in targets if isinstance(target, DenseTarget)]))
+        return _joined_dense([target for target in targets if isinstance(target, DenseTarget)])
     sparse = [target for target in targets if isinstance(target, SparseTarget)]
     return SparseTarget(
         torch.cat([target.values_BK for target in sparse]),
@@ -115,3 +140,15 @@ def joined(targets: Sequence[Target]) -> Target:
         torch.cat([target.lse_B for target in sparse]),
         first.classes,
     )
+
+
+def _joined_dense(targets: Sequence[DenseTarget]) -> DenseTarget:
+    steps = [target.steps for target in targets if target.steps is not None]
+    values = torch.cat([target.values for target in targets])
+    if not steps:
+        return DenseTarget(values)
+    joined_steps = Steps(
+        torch.cat([part.step_B for part in steps]),
+        torch.cat([part.maximum_B for part in steps]),
+    )
+    return DenseTarget(values, joined_steps)
