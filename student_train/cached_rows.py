@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from student_train.data import Rendered
 from teacher_cache import Cache, Target
+from teacher_cache.errors import SpecError
 from teacher_cache.fingerprint import fingerprint
 from teacher_cache.loader import Decoded, ViewLoader
 from teacher_cache.proof import Tolerance
@@ -131,6 +132,9 @@ class OwnViews(_Cached):
     def __init__(self, cache: Cache, views: ViewSpec) -> None:
         super().__init__(cache)
         recipe = open_recipe(views)
+        if recipe.mixing is not None:
+            hint = "Mix in the cache's own recipe, where the teacher sees the mixed views."
+            raise SpecError("views", "must not mix: the cached answers are for samples alone", recipe.describe(), hint)
         self.views: int | None = None if recipe.random else cache.views
         self.normalize = recipe.normalize
         self._loader = ViewLoader(recipe, cache.key_digests, cache.item)
@@ -140,5 +144,4 @@ class OwnViews(_Cached):
     def render(self, decoded: Decoded, number: int, check: NDArray[np.int64]) -> Rendered:
         """Renders the student's own view."""
         assert not len(check), "the stream knows that these views are not provable"
-        views = self._loader.views(decoded, number)
-        return Rendered(number, views, self._loader.partner_rows(views))
+        return Rendered(number, self._loader.views(decoded, number), None)

@@ -50,7 +50,9 @@ class TrainSpec(Strict):
     weight_decay: float = Field(default=5e-4, ge=0)
     schedule: Literal["cosine", "constant"] = "cosine"
     drop_last: bool = True
-    check_views: int | None = Field(default=None, ge=0, description="views of each batch compared with the teacher's")
+    check_views: int | None = Field(
+        default=None, ge=0, description="views of each batch that are proven, where they are the teacher's"
+    )
     views_per_decode: int = Field(default=1, gt=0, description="views of one row in a batch, from one decoding")
     workers: int = Field(default=0, ge=0, description="processes that prepare batches")
     threads: int | None = Field(default=None, gt=0, description="torch threads; tiny students run fastest with 1")

@@ -64,16 +64,7 @@ def train_one(
         log: called with each epoch's entry.
     """
     student, objective = _student(spec, opened, seed), open_objective(terms)
-    stream = ViewStream(
-        opened.train,
-        batch_size=spec.train.batch_size,
-        fields=objective.fields,
-        seed=seed,
-        drop_last=spec.train.drop_last,
-        check_views=spec.train.check_views,
-        views_per_decode=spec.train.views_per_decode,
-        workers=spec.train.workers,
-    )
+    stream = open_stream(spec, opened, terms, seed)
     normalization = spec.normalize or opened.train.normalize
     device = resolve_device(spec.train.device)
     with torch.random.fork_rng(devices=[]), _threads(spec.train.threads):
@@ -91,6 +82,20 @@ def train_one(
         )
     save_model(folder, student)
     return result
+
+
+def open_stream(spec: RunSpec, opened: Opened, terms: tuple[TermSpec, ...], seed: int) -> ViewStream:
+    """The stream that a run trains from; refuses what does not fit the data."""
+    return ViewStream(
+        opened.train,
+        batch_size=spec.train.batch_size,
+        fields=open_objective(terms).fields,
+        seed=seed,
+        drop_last=spec.train.drop_last,
+        check_views=spec.train.check_views if opened.train.provable else None,
+        views_per_decode=spec.train.views_per_decode,
+        workers=spec.train.workers,
+    )
 
 
 @contextmanager

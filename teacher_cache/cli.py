@@ -213,7 +213,8 @@ def describe(path: CachePath, json: Json = False) -> None:
         "rows": f"{manifest.rows:,} samples × {manifest.views} views",
         "view": f"{manifest.view_shape}, promise {manifest.promise}",
         "recipe": manifest.recipe,
-        "rendered": open_recipe(cache.spec.views).renderer,
+        # A callable is the user's code: describing a cache must not import it.
+        "rendered": open_recipe(cache.spec.views).renderer if manifest.promise == "native" else "image by image",
         "teacher": f"{manifest.teacher} ({manifest.spec['teacher']['model']})",
         "fields": {name: list(shape) for name, shape in manifest.field_shapes.items()},
         "encodings": {name: encoding.name for name, encoding in manifest.encodings.items()},

@@ -257,8 +257,11 @@ def begin(root: Path, opened: Opened) -> Manifest:
     _require_fresh(root)
     rows, views = first_views(opened, reference_count(planned.view_shape))
     _require_repeatable(opened, rows, views)
+    # Over several views, so that they go through as many of a random recipe's operations as may be.
+    numbers = [place % planned.views for place in range(len(rows))]
+    kept = [opened.view_of([row], number).pixels_BCHW[0] for row, number in zip(rows, numbers, strict=True)]
     table = sample_table.write_samples(root, sample_table.of_source(opened.source))
-    references = write_references(root, rows, views)
+    references = write_references(root, rows, numbers, kept)
     manifest = planned.model_copy(update={"samples": table, "references": references})
     store = open_store(manifest.store.kind, manifest.grid)
     groups = [group for view in range(manifest.views) for group in manifest.groups(view)]

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
-from teacher_cache.errors import ViewMismatch
+from teacher_cache.errors import TeacherCacheError, ViewMismatch
 from teacher_cache.fingerprint import bytes_digest
 from teacher_cache.manifest import TableRef, library_versions
 from teacher_cache.samples import read_checked
@@ -25,8 +26,9 @@ if TYPE_CHECKING:
     from teacher_cache.reader import Cache
 
 Tolerance = Literal["exact", "rounding"]
-"""`exact` stops at any difference; `rounding` goes on where reference views differ by at most one level of 255, as
-other processors and releases round."""
+"""`exact` stops at any difference. `rounding` goes on where the recipe has operations that round and the reference
+views have moved by one level of 255 and no more, as other processors and releases round; that a row's view is its own
+then rests on its source bytes and its stored parameters, both of which are checked, and no longer on its digest."""
 
 _MOST = 8
 _MOST_BYTES = 2 * 2**20
@@ -63,10 +65,9 @@ def reference_count(view_shape: tuple[int, int, int]) -> int:
     return max(1, min(_MOST, _MOST_BYTES // (channels * height * width)))
 
 
-def write_references(root: Path, rows: list[int], views: Views) -> TableRef:
-    """Keeps view 0 of some rows whole, in a table whose name is made of its digest."""
-    pixels = views.pixels_BCHW.cpu().numpy()
-    data = table_bytes({"view": [0] * len(rows), "row": rows, "pixels": [view.tobytes() for view in pixels]})
+def write_references(root: Path, rows: list[int], views: list[int], pixels: list[Tensor]) -> TableRef:
+    """Keeps one view of each of some rows whole, in a table whose name is made of its digest."""
+    data = table_bytes({"view": views, "row": rows, "pixels": [view.cpu().numpy().tobytes() for view in pixels]})
     digest = bytes_digest(data)
     path = f"references-{digest[:12]}.parquet"
     write_atomic(root, path, data)
@@ -81,13 +82,16 @@ def measure(cache: Cache) -> Difference:
     if cache.manifest.references is None:
         return Difference(0, 0, 0, 0)
     table = read_table(read_checked(cache.path, cache.manifest.references))
-    committed = [place for place, row in enumerate(table["row"]) if cache.is_committed(0, row)]
-    if not committed:
+    found = []
+    for view, row, pixels in zip(table["view"], table["row"], table["pixels"], strict=True):
+        # A row may have become a tombstone in the meantime.
+        if cache.alive[row] and cache.is_committed(view, row):
+            now = cache.render_views(view, [row]).pixels_BCHW[0].numpy()
+            found.append(np.abs(now.astype(np.int16) - np.frombuffer(pixels, np.uint8).reshape(now.shape)))
+    if not found:
         return Difference(0, 0, 0, 0)
-    now = cache.render_views(0, [table["row"][place] for place in committed]).pixels_BCHW.numpy()
-    then = np.stack([np.frombuffer(table["pixels"][place], np.uint8) for place in committed]).reshape(now.shape)
-    levels = np.abs(now.astype(np.int16) - then)
-    return Difference(len(committed), levels.size, int((levels > 0).sum()), int(levels.max()))
+    levels = np.stack(found)
+    return Difference(len(found), levels.size, int((levels > 0).sum()), int(levels.max()))
 
 
 def check(cache: Cache, view: int, rows: NDArray[np.int64], rendered: Views, tolerance: Tolerance) -> None:
@@ -100,26 +104,43 @@ def check(cache: Cache, view: int, rows: NDArray[np.int64], rendered: Views, tol
     differs = rendered.digests() != cache.digests(view, rows)
     if not differs.any():
         return
-    moved = measure(cache)
-    if tolerance == "rounding" and moved.is_rounding:
+    moved, unmeasured = _moved(cache)
+    if tolerance == "rounding" and moved.is_rounding and cache.recipe.rounds:
         return
     row = int(rows[int(differs.argmax())])
     place = f"sample {cache.samples.keys[row]}, view {view}, recipe {cache.manifest.identity.view}"
-    found = f"{int(differs.sum())} of {len(rows)} rows differ; {moved}"
-    hint = f"Built with {cache.manifest.versions}, now {library_versions()}: {_why(cache, view, row)}. {_advice(moved)}"
+    found = f"{int(differs.sum())} of {len(rows)} rows differ; {unmeasured or moved}"
+    advice = _advice(moved, cache.recipe.rounds)
+    hint = f"Built with {cache.manifest.versions}, now {library_versions()}: {_why(cache, view, row)}. {advice}"
     raise ViewMismatch(place, "must be the pixels that the teacher saw", found, hint)
 
 
+def _moved(cache: Cache) -> tuple[Difference, str]:
+    """How far the reference views have moved, or why nobody can say: the mismatch itself must be told anyway."""
+    try:
+        return cache.moved, ""
+    except TeacherCacheError as error:
+        return Difference(0, 0, 0, 0), f"the reference views cannot be measured by: {error}"
+
+
 def _why(cache: Cache, view: int, row: int) -> str:
-    stored, drawn = cache.params(view, [row]), cache.draw(view, [row])
+    try:
+        stored, drawn = cache.params(view, [row]), cache.draw(view, [row])
+    except TeacherCacheError as error:
+        return f"its parameters cannot be drawn again ({error})"
     if (stored == drawn).all():
         return "the same parameters give other pixels"
     return f"the parameters drawn now differ too ({drawn[0].tolist()}, stored {stored[0].tolist()})"
 
 
-def _advice(moved: Difference) -> str:
+def _advice(moved: Difference, rounds: bool) -> str:
+    if not rounds:
+        return "Nothing in this recipe rounds, so no library is to blame: these are not the rows' views."
     if moved.is_rounding:
         return "Use the versions of the build, or ask for `tolerance: rounding`."
     if moved.views and not moved.differing:
-        return "The reference views are as they were, so no library is to blame: these are not the rows' views."
+        return (
+            "The reference views are as they were: these are not the rows' views, or an operation that no reference "
+            "view went through has changed. Use the versions of the build."
+        )
     return "Use the versions of the build."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from teacher_cache.errors import (
 from teacher_cache.fingerprint import key_digests
 from teacher_cache.loader import Decoded, ViewLoader
 from teacher_cache.manifest import Manifest, Totals, read_manifest
-from teacher_cache.proof import Tolerance, check
+from teacher_cache.proof import Difference, Tolerance, check, measure
 from teacher_cache.receipts import add_up, read_receipts
 from teacher_cache.samples import Samples, read_checked, read_samples, with_receipts
 from teacher_cache.sources import Item, Source
@@ -256,6 +257,11 @@ class Cache:
     def item(self, row: int) -> Item:
         """One decoded sample, compared with the bytes that the teacher saw; raises `BrokenSample` for a tombstone."""
         return self._views.item(row)
+
+    @cached_property
+    def moved(self) -> Difference:
+        """How far the reference views, rendered now, are from those of the build."""
+        return measure(self)
 
     def decode(self, rows: Rows) -> Decoded:
         """Decodes rows once, for any number of their views; raises `MismatchError` where bytes have changed."""

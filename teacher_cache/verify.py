@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from teacher_cache.errors import CacheError, CorruptionError, FormatError
+from teacher_cache.errors import CorruptionError, FormatError, TeacherCacheError
 from teacher_cache.manifest import MANIFEST
 from teacher_cache.plan import open_parts
 from teacher_cache.reader import Cache
@@ -101,7 +101,7 @@ def verify(
     return VerifyReport(str(root), len(records), size, seen, asked, tuple(problems), notes)
 
 
-def _problem(error: CacheError) -> Problem:
+def _problem(error: TeacherCacheError) -> Problem:
     return Problem(error.field, f"{error.rule} (found: {error.value})", error.hint)
 
 

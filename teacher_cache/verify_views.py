@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from teacher_cache.errors import CacheError
+from teacher_cache.errors import TeacherCacheError
 from teacher_cache.manifest import library_versions
 from teacher_cache.proof import check
 from teacher_cache.reader import Cache
@@ -27,7 +27,7 @@ class ViewsReport:
     """Views that were rendered."""
     redrawn: int
     """Views whose parameters would be drawn otherwise today."""
-    problems: tuple[CacheError, ...]
+    problems: tuple[TeacherCacheError, ...]
     """One for each batch in which something is not what the teacher saw."""
     notes: tuple[str, ...]
     """What changed and does no harm."""
@@ -41,13 +41,17 @@ def verify_views(cache: Cache, sample: dict[int, list[int]], progress: Progress 
         sample: for each view, row numbers that are alive.
         progress: told how far it is.
     """
-    problems: list[CacheError] = []
+    problems: list[TeacherCacheError] = []
+    try:
+        _ = cache.source, cache.recipe
+    except TeacherCacheError as error:
+        return ViewsReport(0, 0, (error,), ())
     total = sum(len(rows) for rows in sample.values())
     done = redrawn = 0
     for view, rows in _batches(sample):
         try:
             redrawn += _verify(cache, view, rows)
-        except CacheError as error:
+        except TeacherCacheError as error:
             problems.append(error)
         done += len(rows)
         if progress is not None:

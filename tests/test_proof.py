@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from teacher_cache.cli import app
 from teacher_cache.errors import ViewMismatch
 from teacher_cache.manifest import write_manifest
 from teacher_cache.proof import measure, reference_count
+from teacher_cache.spec import ViewSpec
+from teacher_cache.views import open_recipe
 from teacher_cache.views.recipe import Recipe
 
 
@@ -92,9 +95,9 @@ class TestReferences:
 
         with pytest.raises(KeyboardInterrupt):
             tc.build(toy_spec(tmp_path / "cache", arrays, store={"shard_rows": 4, "chunk_rows": 4}), "serial", stop)
-        assert measure(tc.open(tmp_path / "cache")).views == 8
+        assert measure(tc.open(tmp_path / "cache")).views == 4, "of view 0; those of view 1 are not there yet"
         (tmp_path / "cache/receipts/v0000-s000001.json").unlink()
-        assert measure(tc.open(tmp_path / "cache")).views == 4
+        assert measure(tc.open(tmp_path / "cache")).views == 2
 
 
 class TestTolerance:
@@ -102,6 +105,7 @@ class TestTolerance:
 
     def test_one_level_passes_by_name_only(self, built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         another_library(monkeypatch, levels=1, every=5)
+        monkeypatch.setattr(Recipe, "rounds", True)
         cache = tc.open(built)
         with pytest.raises(ViewMismatch, match=r"by at most 1 of 255.*tolerance: rounding"):
             list(ViewStream(cache, batch_size=9))
@@ -113,11 +117,54 @@ class TestTolerance:
         with pytest.raises(ViewMismatch, match="by at most 2 of 255"):
             list(ViewStream(CachedRows(tc.open(built), tolerance="rounding"), batch_size=9))
 
-    def test_a_wrong_view_is_no_rounding(self, built: Path) -> None:
+    def test_a_wrong_view_is_no_rounding(self, built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """The reference views are as they were: whatever these pixels are, no library made them."""
         cache = tc.open(built)
-        with pytest.raises(ViewMismatch, match="not the rows' views"):
+        with pytest.raises(ViewMismatch, match="Nothing in this recipe rounds"):
             cache.check_views(0, [3], cache.render_views(0, [4]), "rounding")
+        monkeypatch.setattr(Recipe, "rounds", True)
+        with pytest.raises(ViewMismatch, match="that no reference view went through"):
+            cache.check_views(0, [3], cache.render_views(0, [4]), "rounding")
+
+    def test_a_recipe_that_cannot_round_has_no_tolerance(self, built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Crops and flips copy bytes: not even one level is excused."""
+        another_library(monkeypatch, levels=1)
+        with pytest.raises(ViewMismatch, match=r"by at most 1 of 255.*Nothing in this recipe rounds"):
+            list(ViewStream(CachedRows(tc.open(built), tolerance="rounding"), batch_size=9))
+
+    @pytest.mark.parametrize(
+        ("step", "rounds"),
+        [
+            ({"resize": {"size": 8}}, True),
+            ({"resize": {"size": 8, "interpolation": "nearest"}}, False),
+            ({"random_resized_crop": {"size": 8}}, True),
+            ({"random_resized_crop": {"size": 8, "kernel": "integer"}}, False),
+            ({"color_jitter": {}}, True),
+            ({"rand_augment": {}}, True),
+            ({"trivial_augment": {}}, True),
+            ({"random_erasing": {}}, False),
+            ({"mixup": {}}, False),
+            ({"pad_crop": {"size": 8}}, False),
+        ],
+    )
+    def test_which_operations_round(self, step: dict[str, Any], rounds: bool) -> None:
+        assert open_recipe(ViewSpec(recipe=(step,))).rounds == rounds
+
+    def test_a_mismatch_is_told_whatever_else_is_wrong(
+        self, built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The references are gone, or their rows cannot be read: the mismatch comes first."""
+        copied = Path(shutil.copytree(built, tmp_path / "cache"))
+        another_library(monkeypatch, levels=1)
+        next(copied.glob("references-*.parquet")).unlink()
+        with pytest.raises(ViewMismatch, match=r"images/20.*cannot be measured by: references-"):
+            tc.open(copied).render(1, [20])
+
+    def test_a_reference_row_that_became_a_tombstone_is_left_out(self, built: Path, tmp_path: Path) -> None:
+        copied = Path(shutil.copytree(built, tmp_path / "cache"))
+        cache = tc.open(copied)
+        cache.samples.reasons[2] = "broken since"
+        assert measure(cache).views == 7
 
     def test_the_message_names_everything(self, built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         another_library(monkeypatch, levels=3)
@@ -132,6 +179,11 @@ class TestTolerance:
 
 class TestVerify:
     """`teacher-cache verify --views` says what changed, and whether it matters."""
+
+    def test_a_source_that_is_gone_is_one_problem(self, built: Path, tmp_path: Path) -> None:
+        elsewhere = toy_spec(tmp_path, tmp_path / "nowhere").source
+        (problem,) = tc.verify(built, views="all", source=elsewhere).problems
+        assert "source" in problem.place
 
     def test_all_views(self, built: Path) -> None:
         seen: list[tuple[int, int]] = []
@@ -177,3 +229,15 @@ class TestVerify:
         cache = tc.open(built)
         for view in range(2):
             np.testing.assert_array_equal(cache.draw(view, range(ROWS)), cache.params(view, range(ROWS)))
+
+    def test_describing_a_cache_imports_nothing_of_the_users(
+        self, arrays: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A callable's module may be elsewhere, or somebody else's."""
+        views = {"callable": "toy_models:half_up", "count": 1}
+        tc.build(toy_spec(tmp_path / "cache", arrays, views=views), executor="serial")
+        monkeypatch.setitem(sys.modules, "toy_models", None)
+        answer = CliRunner().invoke(app, ["describe", str(tmp_path / "cache")])
+        assert answer.exit_code == 0
+        assert "image by image" in answer.stdout
+        assert "seeded-global" in answer.stdout

@@ -452,3 +452,15 @@ def test_fingerprint_names_keys_sizes_labels_and_classes(tmp_path: Path) -> None
         )
     }
     assert len(found) == 6
+
+
+def test_torchvision_pictures_of_16_bits_are_broken_not_white(tmp_path: Path) -> None:
+    """torchvision's own loader would cut them to 8 bits in silence; pictures of 8 bits are read as by it."""
+    (tmp_path / "a").mkdir()
+    Image.fromarray(np.full((4, 4), 999, np.uint16)).save(tmp_path / "a/deep.png")
+    colours = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
+    Image.fromarray(colours).save(tmp_path / "a/plain.png")
+    source = opened(kind="torchvision", dataset="ImageFolder", arguments={"root": str(tmp_path)})
+    with pytest.raises(BrokenSample, match="more than 8 bits a channel"):
+        source.item(0)
+    assert (source.item(1).image_CHW.permute(1, 2, 0).numpy() == colours).all()

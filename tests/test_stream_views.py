@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pickle
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,12 @@ from test_stream import batches, same
 from toy_builds import ROWS, expected_logits, numpy_source, toy_spec, tree
 
 import teacher_cache as tc
-from student_train import CachedRows, CrossEntropy, Objective, OwnViews, ViewStream
+from student_train import CachedRows, OwnViews, ViewStream
 from student_train.recipes import CompareSpec, DataSpec, FitSpec
 from student_train.run import open_data, train_one
 from student_train.train import FitResult
 from teacher_cache.encodings import DenseTarget, SparseTarget, joined
-from teacher_cache.errors import SpecError, ViewMismatch
+from teacher_cache.errors import MismatchError, SpecError, ViewMismatch
 from teacher_cache.sources.base import Item
 from teacher_cache.sources.numpy_arrays import NumpyArrays
 from teacher_cache.spec import ViewSpec, load_spec, parse, read_yaml
@@ -60,6 +61,26 @@ class TestSeveralViewsOfOneDecoding:
         tc.build(spec, executor="serial")
         planning = len(seen) - 2 * ROWS
         assert 0 < planning <= 40
+
+    @pytest.mark.parametrize(
+        ("device", "threads", "expected"), [("cuda", None, "cuda"), ("cpu", None, None), ("cuda", 8, None)]
+    )
+    def test_views_are_made_where_the_teacher_is(
+        self, arrays: Path, tmp_path: Path, device: str, threads: int | None, expected: str | None
+    ) -> None:
+        """On its GPU if it runs here; a remote teacher's device is not ours."""
+        from teacher_cache.plan import begin, open_parts
+        from teacher_cache.shard_job import open_job
+
+        class Elsewhere:
+            """All that `open_job` asks of a teacher."""
+
+        opened = open_parts(toy_spec(tmp_path / "cache", arrays))
+        manifest = begin(tmp_path / "cache", opened)
+        teacher: Any = Elsewhere()
+        teacher.device, teacher.threads = device, threads
+        how = open_job(tmp_path / "cache", manifest, dataclasses.replace(opened, teacher=teacher)).how
+        assert (how.device.type if how.device else None, how.batched) == (expected, True)
 
     def test_a_build_killed_between_two_commits_goes_on(self, many: Path, arrays: Path, tmp_path: Path) -> None:
         """One of four views of a shard is committed: only the three others are made."""
@@ -268,13 +289,11 @@ class TestOwnViews:
         alone = ViewStream(OwnViews(cache, OWN), batch_size=9)
         assert all(same(a, b) for a, b in zip(workers, alone, strict=True))
 
-    def test_labels_that_are_mixed(self, many: Path) -> None:
-        """A student may mix while the teacher did not: both labels come along."""
+    def test_mixing_is_refused(self, many: Path) -> None:
+        """The cached answer is for the sample alone: beside a mixed view it would be wrong in silence."""
         mixing = ViewSpec.model_validate({"recipe": ["mixup"], "seed": 4})
-        batch = next(iter(ViewStream(OwnViews(tc.open(many), mixing), batch_size=9)))
-        assert batch.mixing is not None
-        loss, _ = Objective([CrossEntropy()])(torch.zeros((9, 10)), batch)
-        assert abs(float(loss) - np.log(10)) < 1e-6
+        with pytest.raises(SpecError, match=r"must not mix.*Mix in the cache's own recipe"):
+            OwnViews(tc.open(many), mixing)
 
 
 class TestConfiguration:
@@ -378,3 +397,42 @@ class TestConfiguration:
         assert len({tuple(values) for values in losses.values()}) == 3
         again = compare(parse(CompareSpec, described, "test"))
         assert again.history == found.history
+
+    def test_what_an_arm_does_not_allow_is_said_before_any_is_trained(self, many: Path, tmp_path: Path) -> None:
+        from student_train.compare import compare
+
+        source = tc.open(many).spec.source.model_dump()
+        described = {
+            "run": str(tmp_path / "run"),
+            "data": {"cache": str(many)},
+            "student": {"model": "small_cnn", "arguments": {"width": 2}},
+            "train": {"epochs": 1, "batch_size": 8, "views_per_decode": 4, "check_views": 3, "device": "cpu"},
+            "evaluate": {"source": source, "views": {"recipe": []}},
+            "arms": {
+                "consistent": [{"kind": "kd"}],
+                "clean": {
+                    "objective": [{"kind": "cross_entropy"}],
+                    "data": {"source": source, "views": {"recipe": []}},
+                },
+            },
+        }
+        with pytest.raises(SpecError, match="views_per_decode: must be at least 1, at most 1"):
+            compare(parse(CompareSpec, described, "test"))
+        assert not (tmp_path / "run").exists()
+
+
+def test_a_stream_leaves_the_global_generator_alone(many: Path) -> None:
+    """Dropout draws from it: neither workers nor stopping may move it."""
+    state = torch.get_rng_state()
+    for workers in (0, 1):
+        list(ViewStream(tc.open(many), batch_size=9, workers=workers))
+        assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_state_of_an_earlier_release_is_read(many: Path) -> None:
+    """It knew nothing of several views of one decoding, and means one."""
+    state = ViewStream(tc.open(many), batch_size=8).state_dict()
+    del state["views_per_decode"]
+    ViewStream(tc.open(many), batch_size=8).load_state_dict(state)
+    with pytest.raises(MismatchError, match="views_per_decode"):
+        ViewStream(tc.open(many), batch_size=8, views_per_decode=2).load_state_dict(state)

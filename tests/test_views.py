@@ -194,6 +194,12 @@ class TestFingerprint:
         again = recipe_of(*recipe_of(*ALL_STEPS).describe())  # type: ignore[misc]
         assert again.fingerprint == recipe_of(*ALL_STEPS).fingerprint
 
+    def test_a_number_is_the_same_however_it_is_written(self) -> None:
+        """1 is 1.0 in a YAML file: a cosmetic edit must not refuse to go on."""
+        one = recipe_of({"random_resized_crop": {"size": 8, "scale": [0.08, 1]}}, {"horizontal_flip": {"p": 1}})
+        other = recipe_of({"random_resized_crop": {"size": 8}}, {"horizontal_flip": {"p": 1.0}})
+        assert one.fingerprint == other.fingerprint
+
     def test_normalisation_is_no_part_of_the_view(self) -> None:
         """`view_fingerprint` is what teacher and student share; each may normalise for itself."""
         plain, normal = recipe_of(*ALL_STEPS[:-1]), recipe_of(*ALL_STEPS)
@@ -378,6 +384,16 @@ class TestRefusals:
             ({"random_resized_crop": {"size": 8, "scale": [0.5]}}, "scale"),
             ({"random_resized_crop": {"size": 8, "scale": 0.5}}, "scale"),
             ({"normalize": {"mean": [0.5], "std": [0]}}, "std"),
+            ({"resize": {"size": 8, "antialias": "no"}}, "antialias must be true or false"),
+            ({"random_resized_crop": {"size": 8, "antialias": 1}}, "antialias must be true or false"),
+            ({"random_resized_crop": {"size": 8, "kernel": "fast"}}, "kernel"),
+            ({"random_resized_crop": {"size": 8, "kernel": "integer", "interpolation": "bicubic"}}, "bilinear"),
+            ({"horizontal_flip": {"p": "0.5"}}, "p must be"),
+            ({"horizontal_flip": {"p": True}}, "p must be"),
+            ({"pad_crop": {"size": 8, "fill": 1.5}}, "fill"),
+            ({"pad_crop": {"size": 8, "fill": [1, 2, 3]}}, "fill"),
+            ({"pad_crop": {"size": 8, "padding": True}}, "padding"),
+            ({"random_resized_crop": {"size": 8, "ratio": [1, 10**400]}}, "ratio"),
         ],
     )
     def test_bad_steps(self, step: dict[str, Any], message: str) -> None:
@@ -420,6 +436,19 @@ class TestRefusals:
         with pytest.raises(SpecError, match=r"views\.count"):
             recipe_of({"resize": {"size": 8}}, count=2)
         assert not recipe_of({"resize": {"size": 8}}, count=1).random
+
+    def test_padding_beyond_the_image(self) -> None:
+        """torchvision's own refusals, of whatever class, become one that names the recipe."""
+        step = {"pad_crop": {"size": 8, "padding": 9, "padding_mode": "symmetric"}}
+        with pytest.raises(SpecError, match=r"views\.recipe: cannot be rendered"):
+            render_views(recipe_of(step), images_of(1, 8, 8), DIGESTS[:1], 0)
+
+    @pytest.mark.parametrize("kernel", ["torchvision", "integer"])
+    def test_a_ratio_that_no_pixel_fits(self, kernel: str) -> None:
+        """The box is never empty."""
+        step = {"random_resized_crop": {"size": 4, "ratio": [0.01, 0.02], "kernel": kernel}}
+        views = render_views(recipe_of(step), images_of(3, 8, 8), DIGESTS[:3], 0)
+        assert (views.params_BP[:, 2:] > 0).all()
 
     def test_views_of_different_shapes_make_no_batch(self) -> None:
         images = [*images_of(1, 8, 8), *images_of(1, 9, 8)]

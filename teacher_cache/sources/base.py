@@ -104,9 +104,20 @@ def decoding() -> Iterator[None]:
 
 
 def pixels_of(image: Image.Image, channels: Channels) -> NDArray[np.uint8]:
-    """A decoded picture as uint8 [H, W] or [H, W, 3]; where no number is given greyscale stays, all else is RGB."""
+    """A decoded picture as uint8 [H, W] or [H, W, 3]; where no number is given greyscale stays, all else is RGB.
+
+    Raises:
+        BrokenSample: it is deeper than 8 bits a channel, which Pillow would cut in silence.
+    """
+    require_bytes(image)
     grey = channels == 1 or (channels is None and image.mode == "L")
     return np.asarray(image.convert("L" if grey else "RGB"))
+
+
+def require_bytes(image: Image.Image) -> None:
+    """Refuses pictures of more than 8 bits a channel."""
+    if image.mode.startswith(("I", "F")) or _DEEP.search(str(getattr(image, "tile", ""))):
+        raise BrokenSample(f"{image.format} image of mode {image.mode}: more than 8 bits a channel")
 
 
 def decode_image(data: bytes, channels: Channels = None) -> Item:
@@ -120,8 +131,6 @@ def decode_image(data: bytes, channels: Channels = None) -> Item:
         BrokenSample: the bytes are truncated, or no image at all, or deeper than 8 bits a channel.
     """
     with decoding(), Image.open(io.BytesIO(data)) as image:
-        if image.mode.startswith(("I", "F")) or _DEEP.search(str(image.tile)):
-            raise BrokenSample(f"{image.format} image of mode {image.mode}: more than 8 bits a channel")
         array = pixels_of(image, channels)
     return Item(to_chw(array), content_digest(data))
 

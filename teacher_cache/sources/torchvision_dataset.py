@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from teacher_cache.errors import SourceError
-from teacher_cache.sources.base import Channels, Item, array_item, decoding, pixels_of
+from teacher_cache.sources.base import Channels, Item, array_item, decoding, pixels_of, require_bytes
 
 
 class TorchvisionDataset:
@@ -24,8 +25,10 @@ class TorchvisionDataset:
         kind = getattr(torchvision.datasets, dataset, None)
         if kind is None:
             raise SourceError("source.dataset", "is not in torchvision.datasets", dataset, "Check its spelling.")
+        # torchvision's own loader makes everything RGB, and 16 bits white.
+        own = {"loader": _load} if "loader" in inspect.signature(kind).parameters else {}
         try:
-            self._data = kind(**arguments)
+            self._data = kind(**{**own, **arguments})
         except (RuntimeError, TypeError, OSError, ValueError) as error:
             hint = f"Its constructor said: {error}"
             raise SourceError("source.arguments", f"do not open {dataset}", arguments, hint) from error
@@ -53,6 +56,12 @@ class TorchvisionDataset:
             hint = "Do not pass a `transform` that makes tensors."
             raise SourceError("source.dataset", "must give uint8 images", f"{array.dtype} {array.shape}", hint)
         return array_item(array)
+
+
+def _load(path: str) -> Image.Image:
+    with Image.open(path) as image:
+        require_bytes(image)
+        return image.convert("RGB")
 
 
 def _labels(data: Any) -> NDArray[np.int64] | None:

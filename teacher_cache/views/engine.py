@@ -22,6 +22,8 @@ from teacher_cache.views.rendering import How, Mixed
 from teacher_cache.views.seeded_global import SeededGlobal
 
 _FAST = How()
+_REFUSALS = (ValueError, RuntimeError, IndexError, TypeError)
+"""What torchvision's kernels raise over an image that they cannot take."""
 
 
 class Recipe(Protocol):
@@ -37,6 +39,8 @@ class Recipe(Protocol):
     def promise(self) -> str: ...
     @property
     def random(self) -> bool: ...
+    @property
+    def rounds(self) -> bool: ...
     @property
     def mixing(self) -> int | None: ...
     @property
@@ -106,7 +110,7 @@ def render_views(
     """
     try:
         drawn = recipe.draw(digests_B, image_sizes(images), view, pool)
-    except (ValueError, RuntimeError) as error:
+    except _REFUSALS as error:
         raise _refusal(images, error) from error
     return _rendered(recipe, images, drawn.params_BP, drawn.partners, how)
 
@@ -131,7 +135,7 @@ def render_again(
 def _rendered(recipe: Recipe, images: Sequence[Tensor], params_BP: Params, partners: Images, how: How) -> Views:
     try:
         views, mixed = recipe.render(images, params_BP, partners, how)
-    except (ValueError, RuntimeError) as error:
+    except _REFUSALS as error:
         raise _refusal(images, error) from error
     if not isinstance(views, Tensor):
         views = _stacked(views)

@@ -47,11 +47,14 @@ def philox4x32(counter_B4: NDArray[np.uint32], key: tuple[int, int]) -> NDArray[
 
 def _rounds(counter_B4: NDArray[np.uint32], key: tuple[int, int]) -> NDArray[np.uint32]:
     # Halves of a round in one array, in place, nothing broadcast: NumPy's calls are what a small batch costs.
-    count = len(counter_B4)
+    # Rounded up to a power of two: the constants of a few sizes serve every batch, and every rejection round.
+    rows, count = len(counter_B4), 1 << max(6, (len(counter_B4) - 1).bit_length())
     even, product = np.empty(2 * count, np.uint64), np.empty(2 * count, np.uint64)
-    even[:count], even[count:] = counter_B4[:, 0], counter_B4[:, 2]
+    even[:rows], even[count : count + rows] = counter_B4[:, 0], counter_B4[:, 2]
+    even[rows:count] = even[count + rows :] = 0
     odd, low = np.empty(2 * count, np.uint64), np.empty(2 * count, np.uint64)
-    odd[count:], odd[:count] = counter_B4[:, 1], counter_B4[:, 3]
+    odd[count : count + rows], odd[:rows] = counter_B4[:, 1], counter_B4[:, 3]
+    odd[rows:count] = odd[count + rows :] = 0
     multipliers, rounds = _constants(key, count)
     for keys in rounds:
         np.multiply(even, multipliers, product)
@@ -62,9 +65,9 @@ def _rounds(counter_B4: NDArray[np.uint32], key: tuple[int, int]) -> NDArray[np.
         # `odd` holds (c2, c0) of the next round and `low` (c3, c1): one swap of halves sets both right.
         even[:count], even[count:] = odd[count:], odd[:count]
         odd, low = low, odd
-    words_B4 = np.empty((count, 4), np.uint32)
-    words_B4[:, 0], words_B4[:, 2] = even[:count], even[count:]
-    words_B4[:, 1], words_B4[:, 3] = odd[count:], odd[:count]
+    words_B4 = np.empty((rows, 4), np.uint32)
+    words_B4[:, 0], words_B4[:, 2] = even[:rows], even[count : count + rows]
+    words_B4[:, 1], words_B4[:, 3] = odd[count : count + rows], odd[:rows]
     return words_B4
 
 

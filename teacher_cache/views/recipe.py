@@ -99,6 +99,11 @@ class Recipe:
         return any(operation.blocks for operation in self.operations)
 
     @property
+    def rounds(self) -> bool:
+        """Whether some pixels depend on how a processor or a release rounds."""
+        return any(operation.rounds for operation in self.operations)
+
+    @property
     def batched_from(self) -> int:
         """The first operation from which on all have a batched form: from there a batch may be on any device."""
         places = [place for place, operation in enumerate(self.operations) if not operation.batched]
@@ -157,6 +162,13 @@ def operation_name(operation: Operation) -> str:
 def _arguments(operation: Operation) -> dict[str, Any]:
     """Every argument; one that was added later is left out at its default, so that older recipes keep their names."""
     fields = dataclasses.fields(operation)  # type: ignore[arg-type]
-    values = {field.name: getattr(operation, field.name) for field in fields}
+    values = {field.name: _alike(getattr(operation, field.name), field.default) for field in fields}
     added = {field.name for field in fields if field.metadata.get("added") and values[field.name] == field.default}
     return {name: value for name, value in values.items() if name not in added}
+
+
+def _alike(value: Any, default: Any) -> Any:
+    """The same number is the same recipe, however it was written: 1 is 1.0 where the default is a float."""
+    if isinstance(default, tuple) and isinstance(value, tuple):
+        return tuple(_alike(item, default[0]) for item in value)
+    return float(value) if isinstance(default, float) and isinstance(value, int) else value

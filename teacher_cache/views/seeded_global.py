@@ -50,6 +50,7 @@ class SeededGlobal:
     promise: ClassVar[str] = "seeded-global"
     param_names: ClassVar[tuple[str, ...]] = ("generator_seed",)
     random: ClassVar[bool] = True
+    rounds: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not callable(_load(self.reference)):

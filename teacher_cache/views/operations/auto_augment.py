@@ -90,6 +90,10 @@ class RandAugment(Operation):
         return self.num_ops
 
     @property
+    def rounds(self) -> bool:
+        return True
+
+    @property
     def params(self) -> tuple[str, ...]:
         return tuple(f"{step}.{name}" for step in range(self.num_ops) for name in ("operation", "magnitude"))
 
@@ -126,6 +130,10 @@ class TrivialAugmentWide(Operation):
 
     def __post_init__(self) -> None:
         _require_common(self.num_magnitude_bins, self.interpolation, self.fill)
+
+    @property
+    def rounds(self) -> bool:
+        return True
 
     @property
     def params(self) -> tuple[str, ...]:

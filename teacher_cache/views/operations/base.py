@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar
@@ -42,6 +43,11 @@ class Operation(ABC):
         return ()
 
     @property
+    def rounds(self) -> bool:
+        """Whether pixels come from float arithmetic that another processor or release may round otherwise."""
+        return False
+
+    @property
     def batched(self) -> bool:
         """Whether `apply_batch` exists, and gives on any device the pixels that `apply` gives."""
         return False
@@ -80,6 +86,21 @@ def require(holds: bool, name: str, rule: str, value: object) -> None:
 def require_interpolation(value: str) -> None:
     """Only what tensors can do."""
     require(value in INTERPOLATIONS, "interpolation", f"is one of {INTERPOLATIONS}", value)
+
+
+def require_flag(name: str, value: object) -> None:
+    """Only true or false: "no" is a text, and would count as true."""
+    require(isinstance(value, bool), name, "must be true or false", value)
+
+
+def require_share(name: str, value: object) -> None:
+    """A probability."""
+    require(is_number(value) and 0 <= float(value) <= 1, name, "must be a number in 0..1", value)  # type: ignore[arg-type]
+
+
+def is_whole(value: object, low: int, high: float = math.inf) -> bool:
+    """Whether it is an integer (and no bool) in low..high."""
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
 
 
 def require_span(name: str, value: tuple[float, float], low: float = 0.0, high: float | None = None) -> None:

@@ -53,6 +53,10 @@ class ColorJitter(Operation):
         _ = self._spans
 
     @property
+    def rounds(self) -> bool:
+        return True
+
+    @property
     def params(self) -> tuple[str, ...]:
         return ("order", "brightness", "contrast", "saturation", "hue")
 

@@ -16,9 +16,12 @@ from teacher_cache.views.operations.base import (
     Operation,
     Params,
     Sizes,
+    is_whole,
     pair,
     require,
+    require_flag,
     require_interpolation,
+    require_share,
 )
 from teacher_cache.views.philox import Words, below, chance
 
@@ -34,6 +37,11 @@ class Resize(Operation):
     def __post_init__(self) -> None:
         pair("size", self.size)
         require_interpolation(self.interpolation)
+        require_flag("antialias", self.antialias)
+
+    @property
+    def rounds(self) -> bool:
+        return self.interpolation != "nearest"
 
     def output_sizes(self, sizes_B2: Sizes) -> Sizes:
         if not isinstance(self.size, int):
@@ -88,9 +96,8 @@ class PadCrop(Operation):
 
     def __post_init__(self) -> None:
         pair("size", self.size)
-        whole = isinstance(self.padding, int) and self.padding >= 0
-        require(whole, "padding", "must be a whole number, not negative", self.padding)
-        require(0 <= self.fill <= 255, "fill", "must be in 0..255", self.fill)
+        require(is_whole(self.padding, 0), "padding", "must be a whole number, not negative", self.padding)
+        require(is_whole(self.fill, 0, 255), "fill", "must be a whole number in 0..255", self.fill)
         modes = ("constant", "edge", "reflect", "symmetric")
         require(self.padding_mode in modes, "padding_mode", f"is one of {modes}", self.padding_mode)
 
@@ -170,7 +177,7 @@ class HorizontalFlip(Operation):
     blocks: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
-        require(0 <= self.p <= 1, "p", "must be in 0..1", self.p)
+        require_share("p", self.p)
 
     @property
     def params(self) -> tuple[str, ...]:

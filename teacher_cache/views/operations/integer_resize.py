@@ -41,9 +41,8 @@ def crop_resize(images_BCHW: Tensor, boxes_B4: NDArray[np.int32], size: tuple[in
     # TF32 and bfloat16 products round their inputs; float64 never takes part in either.
     exact = device.type == "cpu" and torch.get_float32_matmul_precision() == "highest"
     dtype = torch.float32 if exact else torch.float64
-    boxes = boxes_B4.astype(np.int64)
     down_BhH, across_BwW = (
-        torch.from_numpy(_weights(boxes[:, axis], boxes[:, axis + 2], edge, size[axis])).to(device, dtype)
+        _weights(boxes_B4[:, axis], boxes_B4[:, axis + 2], edge, size[axis], device).to(dtype)
         for axis, edge in enumerate(images_BCHW.shape[2:])
     )
     with torch.autocast(device.type, enabled=False):
@@ -56,25 +55,26 @@ def _rounded(sums: Tensor) -> Tensor:
     return sums.add_(_ONE // 2).mul_(1 / _ONE).floor_()
 
 
-def _weights(starts_B: NDArray[np.int64], lengths_B: NDArray[np.int64], edge: int, size: int) -> NDArray[np.int32]:
+def _weights(
+    starts_B: NDArray[np.int32], lengths_B: NDArray[np.int32], edge: int, size: int, device: torch.device
+) -> Tensor:
     """Weights [B, size, edge] in units of 2⁻¹⁶ from an image's edge to the result's, each row's sum 2¹⁶.
 
     Place j of a box of n pixels lies (j + ½) − (o + ½) · n ⁄ size from the middle of output o; times 2 · size that
-    is an integer, and so is the triangle's height there.
+    is an integer, and so is the triangle's height there. Integers are exact on every device.
     """
-    places_E = np.arange(edge)
-    inside_BE = (places_E >= starts_B[:, None]) & (places_E < (starts_B + lengths_B)[:, None])
-    centres_BO = (2 * np.arange(size) + 1) * lengths_B[:, None]
-    from_start_BE = (2 * (places_E - starts_B[:, None]) + 1) * size
-    reach_B = 2 * np.maximum(lengths_B, size)
-    heights_BOE = np.maximum(reach_B[:, None, None] - np.abs(from_start_BE[:, None] - centres_BO[:, :, None]), 0)
-    heights_BOE *= inside_BE[:, None]
-    total_BO1 = heights_BOE.sum(axis=2, keepdims=True)
-    weights_BOE = (heights_BOE * (2 * _ONE) + total_BO1) // (2 * total_BO1)
-    largest_BO1 = weights_BOE.argmax(axis=2)[:, :, None]
-    missing_BO1 = _ONE - weights_BOE.sum(axis=2, keepdims=True)
-    np.put_along_axis(
-        weights_BOE, largest_BO1, np.take_along_axis(weights_BOE, largest_BO1, axis=2) + missing_BO1, axis=2
-    )
-    weights: NDArray[np.int32] = weights_BOE.astype(np.int32)
-    return weights
+    start_B1, length_B1 = (torch.tensor(part, device=device).long()[:, None] for part in (starts_B, lengths_B))
+    places_E = torch.arange(edge, device=device)
+    outside_BE = (places_E < start_B1) | (places_E >= start_B1 + length_B1)
+    centres_BO = (2 * torch.arange(size, device=device) + 1) * length_B1
+    from_start_BE = (2 * (places_E - start_B1) + 1) * size
+    reach_B11 = 2 * length_B1.clamp(min=size)[:, :, None]
+    heights_BOE = (reach_B11 - (from_start_BE[:, None] - centres_BO[:, :, None]).abs_()).clamp_(min=0)
+    heights_BOE.masked_fill_(outside_BE[:, None], 0)
+    total_BO1 = heights_BOE.sum(dim=2, keepdim=True)
+    weights_BOE = heights_BOE.mul_(2 * _ONE).add_(total_BO1).div_(2 * total_BO1, rounding_mode="floor")
+    missing_BO1 = _ONE - weights_BOE.sum(dim=2, keepdim=True)
+    # The first of the largest, which argmax does not promise on every device.
+    largest_BOE = weights_BOE == weights_BOE.amax(dim=2, keepdim=True)
+    first_BO1 = torch.where(largest_BOE, places_E, edge).amin(dim=2, keepdim=True)
+    return weights_BOE.scatter_add_(2, first_BO1, missing_BO1)

@@ -18,6 +18,7 @@ from teacher_cache.views.operations.base import (
     Sizes,
     pair,
     require,
+    require_flag,
     require_interpolation,
     require_span,
 )
@@ -47,6 +48,7 @@ class RandomResizedCrop(Operation):
         require_span("scale", self.scale, high=1e4)
         require_span("ratio", self.ratio, low=1e-4, high=1e4)
         require_interpolation(self.interpolation)
+        require_flag("antialias", self.antialias)
         require(self.kernel in _KERNELS, "kernel", f"is one of {_KERNELS}", self.kernel)
         plain = self.interpolation == "bilinear" and self.antialias is True
         require(plain or self.kernel == "torchvision", "kernel", "`integer` is bilinear with antialiasing", self)
@@ -54,6 +56,10 @@ class RandomResizedCrop(Operation):
     @property
     def params(self) -> tuple[str, ...]:
         return ("top", "left", "height", "width")
+
+    @property
+    def rounds(self) -> bool:
+        return self.kernel == "torchvision" and self.interpolation != "nearest"
 
     @property
     def batched(self) -> bool:
@@ -88,6 +94,8 @@ class RandomResizedCrop(Operation):
         aspect = width / height
         crop_w = np.where(aspect > self.ratio[1], np.rint(height * self.ratio[1]), width).astype(np.int64)
         crop_h = np.where(aspect < self.ratio[0], np.rint(width / self.ratio[0]), height).astype(np.int64)
+        # A ratio that no pixel fits would leave an empty box.
+        crop_h, crop_w = np.maximum(crop_h, 1), np.maximum(crop_w, 1)
         return np.stack([(height - crop_h) // 2, (width - crop_w) // 2, crop_h, crop_w], axis=1)
 
     def output_sizes(self, sizes_B2: Sizes) -> Sizes:
