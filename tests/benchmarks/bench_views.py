@@ -93,11 +93,16 @@ def photograph(seed: int) -> bytes:
 
 
 def parameters(rounds: int) -> Rows:
-    """Drawing crop and flip for a batch."""
-    recipe, digests = recipe_of(CIFAR), key_digests([str(number) for number in range(BATCH)])
-    sizes = np.full((BATCH, 2), 32)
-    (seconds,) = in_turns(rounds, lambda: recipe.draw(digests, sizes, 3))
-    return {"parameters of crop + flip, µs a sample (batch of 256)": f"{statistics.median(seconds) / BATCH * 1e6:.2f}"}
+    """Drawing for a batch: cheap, usual and heavy recipes."""
+    digests, sizes = key_digests([str(number) for number in range(BATCH)]), np.tile([375, 500], (BATCH, 1))
+    heavy = [*IMAGENET, "rand_augment", {"random_erasing": {"p": 0.25}}]
+    recipes = {"crop + flip": CIFAR, "random_resized_crop + flip": IMAGENET, "the same + rand_augment + erasing": heavy}
+    works = [partial(recipe_of(steps).draw, digests, sizes, 3) for steps in recipes.values()]
+    found = {}
+    for name, seconds in zip(recipes, in_turns(rounds, *works), strict=True):
+        each = statistics.median(seconds) / BATCH * 1e6
+        found[f"parameters of {name}, µs a sample (batch of 256)"] = f"{each:.2f}"
+    return found
 
 
 def cifar(rounds: int) -> Rows:

@@ -61,20 +61,22 @@ def _weights(
     """Weights [B, size, edge] in units of 2⁻¹⁶ from an image's edge to the result's, each row's sum 2¹⁶.
 
     Place j of a box of n pixels lies (j + ½) − (o + ½) · n ⁄ size from the middle of output o; times 2 · size that
-    is an integer, and so is the triangle's height there. Integers are exact on every device.
+    is an integer, and so is the triangle's height there. All are far below 2⁵³, so float64 holds them exactly on
+    every device, and a quotient is never so close to an integer that rounding could carry it there.
     """
-    start_B1, length_B1 = (torch.tensor(part, device=device).long()[:, None] for part in (starts_B, lengths_B))
-    places_E = torch.arange(edge, device=device)
+    start_B1, length_B1 = (
+        torch.tensor(part, device=device, dtype=torch.float64)[:, None] for part in (starts_B, lengths_B)
+    )
+    places_E = torch.arange(edge, device=device, dtype=torch.float64)
     outside_BE = (places_E < start_B1) | (places_E >= start_B1 + length_B1)
-    centres_BO = (2 * torch.arange(size, device=device) + 1) * length_B1
+    centres_BO = (2 * torch.arange(size, device=device, dtype=torch.float64) + 1) * length_B1
     from_start_BE = (2 * (places_E - start_B1) + 1) * size
     reach_B11 = 2 * length_B1.clamp(min=size)[:, :, None]
     heights_BOE = (reach_B11 - (from_start_BE[:, None] - centres_BO[:, :, None]).abs_()).clamp_(min=0)
     heights_BOE.masked_fill_(outside_BE[:, None], 0)
     total_BO1 = heights_BOE.sum(dim=2, keepdim=True)
-    weights_BOE = heights_BOE.mul_(2 * _ONE).add_(total_BO1).div_(2 * total_BO1, rounding_mode="floor")
+    weights_BOE = heights_BOE.mul_(2 * _ONE).add_(total_BO1).div_(2 * total_BO1).floor_()
     missing_BO1 = _ONE - weights_BOE.sum(dim=2, keepdim=True)
-    # The first of the largest, which argmax does not promise on every device.
-    largest_BOE = weights_BOE == weights_BOE.amax(dim=2, keepdim=True)
-    first_BO1 = torch.where(largest_BOE, places_E, edge).amin(dim=2, keepdim=True)
+    # argmax may return any of several largest: no two places tie here, and the first of them wins.
+    first_BO1 = (weights_BOE * edge - places_E).argmax(dim=2, keepdim=True)
     return weights_BOE.scatter_add_(2, first_BO1, missing_BO1)
