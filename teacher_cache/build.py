@@ -12,7 +12,8 @@ from typing import Literal
 import torch
 
 from teacher_cache import samples as sample_table
-from teacher_cache.errors import SpecError
+from teacher_cache.encodings import fidelity
+from teacher_cache.errors import BuildError, SpecError
 from teacher_cache.fingerprint import bytes_digest
 from teacher_cache.manifest import Manifest, TableRef, write_manifest
 from teacher_cache.plan import Opened, begin, open_parts, worker_count
@@ -88,6 +89,7 @@ def build(spec: BuildSpec, executor: Executor = "ray", progress: Progress | None
         seconds = time.perf_counter() - started
     finally:
         torch.set_num_threads(threads)
+    _require_fidelity(spec, manifest, root)
     sealed = seal(root, manifest)
     return _report(root, sealed, sum(len(work.views) for work in missing), built, seconds)
 
@@ -169,6 +171,21 @@ def _receipts(
         from teacher_cache.precompute import run_on_ray
 
         yield from run_on_ray(root, manifest, opened.spec, missing)
+
+
+def _require_fidelity(spec: BuildSpec, manifest: Manifest, root: Path) -> None:
+    """Raises where the measured error of the logits is beyond what the configuration allows."""
+    bound = spec.fidelity.max_kl
+    if bound is None or "logits" not in manifest.fields:
+        return
+    found = add_up(manifest, read_receipts(root, manifest)).fidelity["logits"]
+    worst = max(fidelity.TEMPERATURES, key=lambda temperature: found.get(f"kl_t{temperature}", 0.0))
+    value = found.get(f"kl_t{worst}", 0.0)
+    if value > bound:
+        rule = f"mean KL(teacher ‖ decoded) at T = {worst} must be at most {bound:g}"
+        kept = manifest.encodings["logits"].name
+        hint = f"Keep more than {kept} does, in a new cache; or raise the bound: the same command then seals this one."
+        raise BuildError("fidelity.max_kl", f"logits: {rule}", f"{value:.3g} over {found['rows']:.0f} rows", hint)
 
 
 def seal(root: Path, manifest: Manifest) -> Manifest:

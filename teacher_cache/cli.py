@@ -9,6 +9,7 @@ from typing import Annotated, Literal, NoReturn
 import typer
 
 from teacher_cache import console
+from teacher_cache.encodings.calibration import Calibration
 from teacher_cache.errors import SpecError
 from teacher_cache.spec import SourceSpec, load_spec
 
@@ -48,8 +49,10 @@ def plan(config: Config, set_: Set = None, json: Json = False) -> None:
     hours = {str(count): cost.hours(count) for count in sorted({cost.devices, 1, 2, 4, 8})}
     payback = cost.payback_epochs(spec.views.count)
     if json:
-        console.print_json({**vars(cost), "hours": hours, "payback_epochs": payback})
+        table = cost.calibration.model_dump(mode="json") if cost.calibration else None
+        console.print_json({**vars(cost), "calibration": table, "hours": hours, "payback_epochs": payback})
         return
+    _show_calibration(cost.calibration)
     by_field = ", ".join(f"{name} {count}" for name, count in cost.field_bytes.items())
     console.print_facts(
         f"plan of {config}",
@@ -63,6 +66,24 @@ def plan(config: Config, set_: Set = None, json: Json = False) -> None:
             **{f"time on {count} devices": _duration(cost.hours(count)) for count in (2, 4, 8)},
             "paid back after": f"{payback:.1f} student epochs, against running the teacher in each",
         },
+    )
+
+
+def _show_calibration(calibration: Calibration | None) -> None:
+    if calibration is None:
+        return
+    temperatures = list(calibration.table[0].kl)
+    header = ["", "encoding", "bytes", *(f"KL T={t}" for t in temperatures), "TV", "top-1"]
+    header += [f"grad T={t}" for t in temperatures]
+    rows = []
+    for item in calibration.table:
+        figures = [f"{item.kl[t]:.1e}" for t in temperatures] + [f"{item.total_variation:.1e}", f"{item.top1:.1%}"]
+        figures += [f"{item.gradient_error[t]:.1e}" for t in temperatures]
+        rows.append(["→" if item.encoding == calibration.chosen else "", item.name, item.bytes, *figures])
+    console.print_rows(
+        f"encodings of the logits on {calibration.rows} rows: KL, total variation and gradient error, means",
+        header,
+        rows,
     )
 
 
@@ -226,6 +247,7 @@ def describe(path: CachePath, json: Json = False) -> None:
         facts["bytes"] = console.size(manifest.totals.bytes)
         facts |= {f"fidelity of {field}": _figures(found) for field, found in manifest.totals.fidelity.items()}
     console.print_facts(f"cache {path}", facts)
+    _show_calibration(manifest.calibration)
     _show_tombstones(dead)
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from teacher_cache.encodings import row_bytes
+from teacher_cache.encodings.calibration import Calibration
 from teacher_cache.manifest import Manifest
 from teacher_cache.plan import Opened, draft, first_views, open_parts, worker_count
 from teacher_cache.spec import BuildSpec
@@ -30,6 +31,8 @@ class Cost:
     field_bytes: dict[str, int]
     """Bytes of one row, by field; the view's proof under `view`."""
     warnings: tuple[str, ...]
+    calibration: Calibration | None
+    """How the encoding was chosen, where that was left open."""
 
     def hours(self, devices: int) -> float:
         """Wall-clock hours on so many devices like the measured one."""
@@ -67,6 +70,7 @@ def estimate(spec: BuildSpec, micro_batches: int = 3) -> Cost:
         devices=worker_count(spec.compute),
         field_bytes=by_field,
         warnings=_warnings(spec),
+        calibration=manifest.calibration,
     )
 
 

@@ -16,6 +16,7 @@ import torch
 import torchvision
 
 from teacher_cache.encodings import Encoding, Part, open_encoding
+from teacher_cache.encodings.calibration import Calibration
 from teacher_cache.errors import CacheNotFoundError, FormatError
 from teacher_cache.fingerprint import fingerprint
 from teacher_cache.signed import checked, signed
@@ -75,6 +76,7 @@ class Manifest(Strict):
     teacher: str
     fields: dict[str, FieldSpec]
     field_shapes: dict[str, tuple[int, ...]]
+    calibration: Calibration | None = None
     class_names: tuple[str, ...] | None
     store: StoreSpec
     spec: dict[str, Any]
@@ -92,9 +94,7 @@ class Manifest(Strict):
     @cached_property
     def encodings(self) -> dict[str, Encoding]:
         """The encoding of each field."""
-        return {
-            name: open_encoding(field.encoding, self.field_shapes[name], name) for name, field in self.fields.items()
-        }
+        return {name: open_encoding(field.fixed, self.field_shapes[name], name) for name, field in self.fields.items()}
 
     def proof_group(self, view: int) -> Group:
         """The pixel digests and resolved parameters of one view."""

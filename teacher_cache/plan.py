@@ -12,7 +12,9 @@ import torch
 from numpy.typing import NDArray
 
 from teacher_cache import samples as sample_table
+from teacher_cache.calibrate import calibrate
 from teacher_cache.encodings import open_encoding
+from teacher_cache.encodings.calibration import Calibration
 from teacher_cache.errors import MismatchError, SourceError, SpecError, TeacherError
 from teacher_cache.fingerprint import fingerprint, key_digests
 from teacher_cache.loader import ViewLoader
@@ -27,7 +29,7 @@ from teacher_cache.manifest import (
 )
 from teacher_cache.proof import reference_count, write_references
 from teacher_cache.sources import BrokenSample, Source, open_source, source_fingerprint
-from teacher_cache.spec import BuildSpec, ComputeSpec
+from teacher_cache.spec import Auto, BuildSpec, ComputeSpec, FieldSpec
 from teacher_cache.storage import open_store, remove_temporary, write_atomic
 from teacher_cache.storage.files import is_temporary
 from teacher_cache.teachers import Teacher, load_teacher, resolve_device
@@ -98,24 +100,34 @@ def first_views(opened: Opened, count: int = 1) -> tuple[list[int], Views]:
     return rows, opened.view_of(rows, 0)
 
 
-def draft(opened: Opened) -> Manifest:
+def draft(opened: Opened, found: Manifest | None = None) -> Manifest:
     """The manifest of a build that has not begun, from one probe of the teacher.
+
+    Args:
+        opened: the parts of the build.
+        found: a manifest that is there already; what it chose from the same wishes is not chosen again.
 
     Raises:
         TeacherError: its logits do not fit the class names.
+        SpecError: no encoding keeps the bound that was asked for.
     """
     spec, source, recipe = opened.spec, opened.source, opened.recipe
     _, views = first_views(opened)
     _, channels, height, width = views.pixels_BCHW.shape
     shape = (channels, height, width)
     shapes = probe(opened, shape)
-    for name, field in spec.teacher.fields.items():
-        open_encoding(field.encoding, shapes[name], name)
     places = {"workers", "attempts", "views_per_decode"}
     described = spec.model_dump(mode="json", exclude={"cache": True, "compute": places})
+    calibration = _calibration(opened, found)
+    fields = {
+        name: field.model_copy(update={"encoding": calibration.chosen}) if calibration and name == "logits" else field
+        for name, field in spec.teacher.fields.items()
+    }
+    for name, field in fields.items():
+        open_encoding(field.fixed, shapes[name], name)
     return Manifest(
         state="building",
-        identity=_identity(opened, shapes),
+        identity=_identity(opened, fields, shapes),
         rows=len(source),
         views=spec.views.count,
         view_shape=shape,
@@ -124,14 +136,28 @@ def draft(opened: Opened) -> Manifest:
         recipe=recipe.describe(),
         teacher=spec.teacher.name,
         # Sorted, as JSON will have them: a build that goes on reads them from the manifest.
-        fields=dict(sorted(spec.teacher.fields.items())),
+        fields=dict(sorted(fields.items())),
         field_shapes=dict(sorted(shapes.items())),
+        calibration=calibration,
         class_names=source.class_names,
         store=spec.store,
         spec=described,
         versions=library_versions(),
         samples=TableRef(path="", digest=""),
     )
+
+
+def _calibration(opened: Opened, found: Manifest | None) -> Calibration | None:
+    """The choice of an encoding where it was left open: the one that a cache has made, or a new one."""
+    teacher = opened.spec.teacher
+    wanted = teacher.fields["logits"].encoding if "logits" in teacher.fields else None
+    if not isinstance(wanted, Auto):
+        return None
+    if found is not None and found.calibration is not None:
+        asked = found.spec["teacher"]["fields"]["logits"]["encoding"]
+        if asked == wanted.model_dump(mode="json"):
+            return found.calibration
+    return calibrate(wanted, opened.teacher, opened.loader, opened.digests, teacher.micro_batch)
 
 
 def probe(opened: Opened, view_shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
@@ -169,9 +195,9 @@ def _check_classes(opened: Opened, shapes: dict[str, tuple[int, ...]]) -> None:
         raise TeacherError("teacher.class_names", "must equal the source's class names, in order", own, hint)
 
 
-def _identity(opened: Opened, shapes: dict[str, tuple[int, ...]]) -> Identity:
+def _identity(opened: Opened, chosen: dict[str, FieldSpec], shapes: dict[str, tuple[int, ...]]) -> Identity:
     spec = opened.spec
-    fields = {name: field.model_dump(mode="json") for name, field in spec.teacher.fields.items()}
+    fields = {name: field.model_dump(mode="json") for name, field in chosen.items()}
     return Identity(
         source=source_fingerprint(opened.source),
         recipe=fingerprint("views", 1, {"recipe": opened.recipe.fingerprint, "count": spec.views.count}),
@@ -186,7 +212,8 @@ def _identity(opened: Opened, shapes: dict[str, tuple[int, ...]]) -> Identity:
                 "micro_batch": spec.teacher.micro_batch,
                 "threads": opened.teacher.threads or spec.compute.threads,
                 "device": opened.teacher.device,
-                "fidelity": spec.fidelity.model_dump(mode="json"),
+                # What is measured is stored; what is then demanded of it decides no byte.
+                "fidelity": spec.fidelity.model_dump(mode="json", exclude={"max_kl"}),
             },
         ),
     )
@@ -239,9 +266,9 @@ def begin(root: Path, opened: Opened) -> Manifest:
         MismatchError: a cache is there that was begun with another source, teacher, recipe or encoding.
         BuildError: the folder cannot be written.
     """
-    planned = draft(opened)
-    if (root / MANIFEST).exists():
-        found = read_manifest(root)
+    found = read_manifest(root) if (root / MANIFEST).exists() else None
+    planned = draft(opened, found)
+    if found is not None:
         if planned.teacher != found.teacher:
             hint = "Restore the name, or begin a new cache: it is part of every path."
             raise MismatchError("teacher.name", f"must be {found.teacher}", planned.teacher, hint)

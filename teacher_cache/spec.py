@@ -153,16 +153,36 @@ class TopK(Strict):
 EncodingSpec = Annotated[DenseF32 | DenseF16 | DenseU8 | TopK, Field(discriminator="kind")]
 
 
+class Auto(Strict):
+    """The smallest encoding whose error on the user's own rows stays below a bound; chosen when planning."""
+
+    kind: Literal["auto"] = "auto"
+    max_kl: float = Field(gt=0, description="mean KL(teacher ‖ decoded) in nats, at every temperature below")
+    temperatures: tuple[Annotated[float, Field(gt=0)], ...] = Field(default=(1.0, 4.0), min_length=1)
+    max_bytes: int | None = Field(default=None, gt=0, description="of a row")
+
+
+ChosenEncoding = Annotated[DenseF32 | DenseF16 | DenseU8 | TopK | Auto, Field(discriminator="kind")]
+
+
 class FieldSpec(Strict):
     """One output of the teacher, and how it is kept."""
 
     pool: Literal["none", "mean"] = Field(default="none", description="`mean` averages [C, H, W] to [C]")
-    encoding: EncodingSpec = DenseF16(kind="dense_f16")
+    encoding: ChosenEncoding = DenseF16(kind="dense_f16")
 
     @field_validator("encoding", mode="before")
     @classmethod
     def _bare_name(cls, value: Any) -> Any:
+        if isinstance(value, Mapping) and "max_kl" in value and "kind" not in value:
+            return {"kind": "auto", **value}
         return {"kind": value} if isinstance(value, str) else value
+
+    @property
+    def fixed(self) -> EncodingSpec:
+        """The encoding, where it is not left to be chosen."""
+        assert not isinstance(self.encoding, Auto), "planning has chosen"
+        return self.encoding
 
 
 def _logits_only() -> dict[str, FieldSpec]:
@@ -197,7 +217,7 @@ class TeacherSpec(Strict):
         for name, field in value.items():
             if name != "logits" and not (name.startswith("feature:") and len(name) > len("feature:")):
                 raise ValueError(f"field {name!r} is neither `logits` nor `feature:<node>`")
-            if name != "logits" and field.encoding.kind in ("top_k", "dense_u8"):
+            if name != "logits" and field.encoding.kind in ("top_k", "dense_u8", "auto"):
                 raise ValueError(f"`{field.encoding.kind}` keeps logits only, and {name!r} is a feature")
         return value
 
@@ -230,6 +250,15 @@ class FidelitySpec(Strict):
     """How many rows of each shard are decoded again and compared with the exact logits."""
 
     rows_per_shard: int = Field(default=32, ge=0)
+    max_kl: float | None = Field(
+        default=None, gt=0, description="mean KL in nats, at T = 1, 2 and 4; beyond it the build fails"
+    )
+
+    @model_validator(mode="after")
+    def _measures(self) -> FidelitySpec:
+        if self.max_kl is not None and self.rows_per_shard == 0:
+            raise ValueError("`max_kl` needs rows to measure on: set rows_per_shard above 0")
+        return self
 
 
 class BuildSpec(Strict):

@@ -33,7 +33,7 @@ from teacher_cache.errors import (
 )
 from teacher_cache.manifest import read_manifest
 from teacher_cache.receipts import receipt_path
-from teacher_cache.spec import BuildSpec
+from teacher_cache.spec import BuildSpec, FidelitySpec, parse
 
 STORES = pytest.mark.parametrize("store", ["zarr", "parquet"])
 
@@ -483,6 +483,23 @@ class TestFailures:
         with pytest.raises(SpecError, match="one shape"):
             serial(spec.model_copy(update={"cache": str(tmp_path / "other")}))
         assert not (tmp_path / "other").exists(), "what the first samples show is refused before anything is written"
+
+    def test_an_error_beyond_its_bound(self, arrays: Path, tmp_path: Path) -> None:
+        """The build fails and says by how much; with a wider bound the same command seals what is there."""
+        fields = {"logits": {"encoding": {"kind": "top_k", "k": 1}}}
+        spec = toy_spec(tmp_path / "cache", arrays, teacher__fields=fields, fidelity={"max_kl": 1e-4})
+        with pytest.raises(
+            BuildError, match=r"fidelity\.max_kl: logits: mean KL.*at most 0\.0001.*over 54 rows.*top_k"
+        ):
+            serial(spec)
+        assert read_manifest(tmp_path / "cache").state == "building"
+        wider = toy_spec(tmp_path / "cache", arrays, teacher__fields=fields, fidelity={"max_kl": 5.0})
+        assert serial(wider).shards_built == 0
+        assert read_manifest(tmp_path / "cache").state == "sealed"
+        exact = toy_spec(tmp_path / "exact", arrays, fidelity={"max_kl": 1e-6})
+        assert serial(exact).fidelity["logits"]["kl_t1"] < 1e-6
+        with pytest.raises(SpecError, match="rows to measure on"):
+            parse(FidelitySpec, {"rows_per_shard": 0, "max_kl": 1}, "test")
 
     def test_two_keys_of_one_digest(self, arrays: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Two samples would share every view's address: found when planning, before anything is written."""

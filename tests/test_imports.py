@@ -31,7 +31,7 @@ LEVELS = [
     {"sources", "views", "teachers", "encodings", "storage"},
     {"manifest"},
     {"receipts"},
-    {"samples", "loader"},
+    {"samples", "loader", "calibrate"},
     {"plan", "shard_job", "proof", "cached_views", "reader"},
     {"precompute", "build", "verify", "verify_views", "cost", "report"},
     {"cli", "console", "__init__"},
