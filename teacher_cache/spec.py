@@ -129,6 +129,12 @@ class DenseF16(Strict):
     kind: Literal["dense_f16"]
 
 
+class DenseBF16(Strict):
+    """Values rounded to bfloat16: 2 bytes a number, the range of float32, 8 bits of precision."""
+
+    kind: Literal["dense_bf16"]
+
+
 class DenseU8(Strict):
     """One byte a logit: steps below the row's maximum, of a fixed size or of the row's own."""
 
@@ -150,7 +156,7 @@ class TopK(Strict):
     k: int = Field(gt=0)
 
 
-EncodingSpec = Annotated[DenseF32 | DenseF16 | DenseU8 | TopK, Field(discriminator="kind")]
+EncodingSpec = Annotated[DenseF32 | DenseF16 | DenseBF16 | DenseU8 | TopK, Field(discriminator="kind")]
 
 
 class Auto(Strict):
@@ -162,7 +168,7 @@ class Auto(Strict):
     max_bytes: int | None = Field(default=None, gt=0, description="of a row")
 
 
-ChosenEncoding = Annotated[DenseF32 | DenseF16 | DenseU8 | TopK | Auto, Field(discriminator="kind")]
+ChosenEncoding = Annotated[DenseF32 | DenseF16 | DenseBF16 | DenseU8 | TopK | Auto, Field(discriminator="kind")]
 
 
 class FieldSpec(Strict):
@@ -215,8 +221,11 @@ class TeacherSpec(Strict):
     @classmethod
     def _known_fields(cls, value: dict[str, FieldSpec]) -> dict[str, FieldSpec]:
         for name, field in value.items():
-            if name != "logits" and not (name.startswith("feature:") and len(name) > len("feature:")):
-                raise ValueError(f"field {name!r} is neither `logits` nor `feature:<node>`")
+            kind, _, node = name.partition(":")
+            if name != "logits" and not (kind in ("feature", "attention") and node):
+                raise ValueError(f"field {name!r} is none of `logits`, `feature:<node>` and `attention:<node>`")
+            if kind == "attention" and field.pool != "none":
+                raise ValueError(f"field {name!r} is a map already: leave out `pool`")
             if name != "logits" and field.encoding.kind in ("top_k", "dense_u8", "auto"):
                 raise ValueError(f"`{field.encoding.kind}` keeps logits only, and {name!r} is a feature")
         return value

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from toy_builds import ROWS, expected_logits, numpy_source, toy_spec, tree, write_arrays
 from toy_models import POISON
@@ -483,6 +484,23 @@ class TestFailures:
         with pytest.raises(SpecError, match="one shape"):
             serial(spec.model_copy(update={"cache": str(tmp_path / "other")}))
         assert not (tmp_path / "other").exists(), "what the first samples show is refused before anything is written"
+
+    def test_attention_maps_and_bfloat16(self, arrays: Path, tmp_path: Path) -> None:
+        """A map [H, W] for each row, with its shape in the manifest; verified like any field."""
+        fields = {"logits": {"encoding": "dense_bf16"}, "attention:stem": {"encoding": "dense_f32"}}
+        for kind in ("zarr", "parquet"):
+            spec = toy_spec(tmp_path / kind, arrays, teacher__fields=fields, store={"kind": kind})
+            serial(spec)
+            cache = tc.open(tmp_path / kind)
+            assert cache.manifest.field_shapes["attention:stem"] == (8, 8)
+            pixels = cache.render(1, [3, 9]).float()
+            read = cache.read("attention:stem", 1, [3, 9])
+            assert isinstance(read, tc.DenseTarget)
+            assert torch.equal(read.values, pixels.square().mean(1))
+            logits = cache.read("logits", 1, [3, 9])
+            assert isinstance(logits, tc.DenseTarget)
+            assert logits.values.dtype == torch.bfloat16
+            assert tc.verify(tmp_path / kind, recompute=9).ok
 
     def test_an_error_beyond_its_bound(self, arrays: Path, tmp_path: Path) -> None:
         """The build fails and says by how much; with a wider bound the same command seals what is there."""

@@ -17,11 +17,12 @@ from teacher_cache.encodings import DenseTarget, Encoding, SparseTarget, joined,
 from teacher_cache.encodings.fidelity import measure_feature, measure_logits, total
 from teacher_cache.encodings.top_k import TopKLogits, narrowest
 from teacher_cache.errors import NonFiniteError, SpecError
-from teacher_cache.spec import DenseF16, DenseF32, DenseU8, EncodingSpec, FieldSpec, TeacherSpec, TopK, parse
+from teacher_cache.spec import DenseBF16, DenseF16, DenseF32, DenseU8, EncodingSpec, FieldSpec, TeacherSpec, TopK, parse
 
 SPECS: dict[str, EncodingSpec] = {
     "dense_f32": DenseF32(kind="dense_f32"),
     "dense_f16": DenseF16(kind="dense_f16"),
+    "dense_bf16": DenseBF16(kind="dense_bf16"),
     "dense_u8": DenseU8(kind="dense_u8"),
     "dense_u8 by row": DenseU8(kind="dense_u8", mode="row"),
     "top_1": TopK(kind="top_k", k=1),
@@ -88,6 +89,28 @@ def test_dense_f16_keeps_eleven_bits(values_BC: Tensor) -> None:
     assert target.values.dtype == torch.float16
     error = (target.values.double() - values_BC.double()).abs()
     assert bool((error <= values_BC.double().abs() * 2.0**-11 + 2.0**-25).all())
+
+
+@given(values_BC=logits())
+def test_dense_bf16_keeps_eight_bits(values_BC: Tensor) -> None:
+    """Relative error at most 2⁻⁸, whatever the size; stored as bits, which shifted are a float32."""
+    encoding = opened("dense_bf16", values_BC.shape[1])
+    columns = encoding.encode(values_BC)
+    assert columns["values"].dtype == np.uint16
+    by_hand = (columns["values"].astype(np.uint32) << 16).view(np.float32)
+    target = encoding.decode(columns)
+    assert isinstance(target, DenseTarget)
+    assert target.values.dtype == torch.bfloat16
+    assert (target.values.float().numpy() == by_hand).all()
+    error = (target.values.double() - values_BC.double()).abs()
+    assert bool((error <= values_BC.double().abs() * 2.0**-8 + 2.0**-133).all())
+
+
+def test_dense_bf16_holds_what_half_precision_cannot() -> None:
+    values_BC = torch.tensor([[-1e9, 70_000.0, 3e38]])
+    assert bool((round_trip("dense_bf16", values_BC).values.float() / values_BC - 1).abs().max() < 2.0**-8)
+    with pytest.raises(NonFiniteError, match="row 0"):
+        opened("dense_bf16", 1).encode(torch.tensor([[3.4028235e38]]))
 
 
 QUANTISED = pytest.mark.parametrize("name", ["dense_u8", "dense_u8 by row"])

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 from toy_models import SmallNet
 
@@ -178,6 +179,20 @@ class TestFields:
     def test_a_feature_without_logits(self) -> None:
         assert list(loaded(fields=["feature:conv"])(views())) == ["feature:conv"]
 
+    def test_attention_maps_are_made_at_the_source(self) -> None:
+        """The mean over channels of the squares, beside the feature itself; of tokens over their width."""
+        found = loaded(fields=["feature:norm", "attention:norm"])(views())
+        assert torch.allclose(found["attention:norm"], found["feature:norm"].square().mean(1), atol=1e-6)
+        pytest.importorskip("timm")
+        tokens = loaded("timm:test_vit", fields=["feature:blocks.0", "attention:blocks.0"])(views(2, 3, 160))
+        assert torch.allclose(tokens["attention:blocks.0"], tokens["feature:blocks.0"].square().mean(-1), atol=1e-5)
+
+    def test_a_map_is_not_pooled(self) -> None:
+        with pytest.raises(ValidationError, match="is a map already"):
+            TeacherSpec.model_validate({"model": SMALL, "fields": {"attention:conv": {"pool": "mean"}}})
+        with pytest.raises(ValidationError, match="none of `logits`"):
+            TeacherSpec.model_validate({"model": SMALL, "fields": ["saliency"]})
+
     def test_answers_own_their_memory(self) -> None:
         """A second call does not change what the first gave."""
         teacher = loaded(fields=["logits", "feature:conv", "feature:relu"])
@@ -201,9 +216,9 @@ class TestFields:
         with pytest.raises(TeacherError, match=r"one tensor.*tuple"):
             loaded("toy_models:AnswersTuple")(views())
 
-    @pytest.mark.parametrize("field", ["logit", "feature:", "attention:x"])
+    @pytest.mark.parametrize("field", ["logit", "feature:", "attention:", "saliency:x"])
     def test_unknown_fields(self, field: str) -> None:
-        with pytest.raises(ValueError, match="neither `logits` nor"):
+        with pytest.raises(ValueError, match="none of `logits`"):
             TeacherSpec.model_validate({"model": SMALL, "fields": [field]})
 
 

@@ -10,7 +10,7 @@ from teacher_cache.encodings.dense_u8 import DenseU8 as DenseU8Logits
 from teacher_cache.encodings.target import DenseTarget, SparseTarget, Steps, Target, joined
 from teacher_cache.encodings.top_k import TopKLogits
 from teacher_cache.errors import SpecError
-from teacher_cache.spec import DenseF16, DenseF32, DenseU8, EncodingSpec, TopK
+from teacher_cache.spec import DenseBF16, DenseF16, DenseF32, DenseU8, EncodingSpec, TopK
 
 __all__ = [
     "Columns",
@@ -42,6 +42,8 @@ def open_encoding(spec: EncodingSpec, shape: tuple[int, ...], field: str) -> Enc
             return Dense(shape, "float32")
         case DenseF16():
             return Dense(shape, "float16")
+        case DenseBF16():
+            return Dense(shape, "bfloat16")
         case DenseU8():
             return DenseU8Logits(shape[0], spec.step if spec.mode == "fixed" else None)
         case TopK():

@@ -35,7 +35,7 @@ class TorchTeacher:
         Args:
             module: images float [B, C, H, W] to logits [B, K].
             identity: what names the module (reference, arguments, digest of the weights).
-            fields: `logits` and `feature:<node>`, with their pooling.
+            fields: `logits`, `feature:<node>` with its pooling, `attention:<node>`.
             normalize: applied to views scaled to 0..1.
             precision: `fp32`, or autocast to `bf16` or `fp16`.
             channels_last: memory format of weights and inputs.
@@ -79,7 +79,7 @@ class TorchTeacher:
         return tuple(self._fields)
 
     def _tap(self, name: str) -> None:
-        node = name.removeprefix("feature:")
+        _, _, node = name.partition(":")
         try:
             inner = self._module.get_submodule(node)
         except AttributeError:
@@ -116,7 +116,20 @@ class TorchTeacher:
         if missing:
             hint = "The node is not used in a forward pass; choose another."
             raise TeacherError(f"teacher.fields.{missing[0]}", "was never computed", missing[0], hint)
-        return {name: _pooled(outputs[name], field) for name, field in self._fields.items()}
+        return {
+            name: _attention(outputs[name]) if name.startswith("attention:") else _pooled(outputs[name], field)
+            for name, field in self._fields.items()
+        }
+
+
+def _attention(value: Tensor) -> Tensor:
+    """Where a node looks: the mean over channels of the squares, [B, C, H, W] to [B, H, W], [B, N, D] to [B, N].
+
+    Zagoruyko and Komodakis, "Paying more attention to attention", 2017, equation 2 with p = 2; raw, so that a loss
+    normalises it as it likes.
+    """
+    channels = 1 if value.ndim == 4 else -1
+    return value.float().square().mean(channels)
 
 
 def _pooled(value: Tensor, field: FieldSpec) -> Tensor:
