@@ -90,4 +90,4 @@ def test_views_render_as_they_did() -> None:
     """(recipe, seed, sample key, view) to parameters and pixel digest, where pixels do not depend on the machine."""
     frozen = json.loads((GOLDEN / "views.json").read_text())
     assert regenerate.rendered_views() == frozen
-    assert len(frozen) == 4 * 2 * 2 * 6
+    assert len(frozen) == 5 * 2 * 2 * 6

@@ -77,7 +77,7 @@ def test_overrides(config: Path) -> None:
         ("views.count=0", "views.count", "greater than 0"),
         ("views.seed=18446744073709551616", "views.seed", "less than"),
         ("teacher.name=../up", "teacher.name", "pattern"),
-        ("teacher.fields={logit: null}", "teacher.fields", "neither `logits` nor"),
+        ("teacher.fields={logit: null}", "teacher.fields", "none of `logits`"),
         ("teacher.fields={}", "teacher.fields", "at least 1"),
         ("teacher.fields={'feature:a': {encoding: {kind: top_k, k: 2}}}", "teacher.fields", "keeps logits only"),
         ("teacher.normalize={mean: [1], std: [1, 2]}", "teacher.normalize", "one value for each channel"),

@@ -68,6 +68,18 @@ class TestIdentity:
             assert (alone.params_BP[0] == together.params_BP[place]).all()
             assert alone.digests()[0] == together.digests()[place]
 
+    @given(order=st.permutations(range(9)), world=st.integers(1, 4), size=st.integers(1, 4))
+    def test_any_world_size(self, order: list[int], world: int, size: int) -> None:
+        """Rows dealt out to any number of ranks, each with its own batches: every row's view is the same."""
+        recipe, images = recipe_of(*ALL_STEPS), images_of(9)
+        whole = render_views(recipe, images, DIGESTS, 2).digests()
+        for rank in range(world):
+            mine = order[rank::world]
+            for first in range(0, len(mine), size):
+                rows = mine[first : first + size]
+                views = render_views(recipe, [images[row] for row in rows], DIGESTS[rows], 2)
+                assert (views.digests() == whole[rows]).all()
+
     def test_a_fresh_process_gives_the_same(self) -> None:
         """Only the recipe and the keys travel."""
         spec = ViewSpec.model_validate({"recipe": ALL_STEPS, "seed": 7, "count": 5})

@@ -154,10 +154,15 @@ class Words:
         """Four words [B, 4] of each sample, or of the samples at these places only."""
         if number == 0 and self._first is not None:
             return self._first if rows is None else self._first[rows]
+        return self.blocks(number, 1, rows)[:, 0]
+
+    def blocks(self, first: int, count: int, rows: NDArray[np.intp] | None = None) -> NDArray[np.uint32]:
+        """Several blocks [B, count, 4] at once, at little more than the cost of one."""
         digests, view = self._digests, self._view
         if rows is not None:
             digests, view = digests[rows], view if isinstance(view, int) else view[rows]
-        return philox4x32(_counters(digests, view, self._operation, number, 1)[:, 0], self._key)
+        counters = _counters(digests, view, self._operation, first, count)
+        return philox4x32(counters.reshape(-1, 4), self._key).reshape(counters.shape)
 
 
 def below(words: NDArray[np.uint32], bound: NDArray[np.int64] | int) -> NDArray[np.int64]:

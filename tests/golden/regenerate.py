@@ -101,6 +101,7 @@ RECIPES: dict[str, list[dict[str, Any]]] = {
     "cifar": [{"pad_crop": {"size": 32, "padding_mode": "reflect"}}, {"horizontal_flip": {}}, {"random_erasing": {"value": [9, 8, 7]}}],
     "integer": [{"random_resized_crop": {"size": [24, 28], "kernel": "integer"}}, {"horizontal_flip": {}}, {"mixup": {"alpha": 0.2}}],
     "nearest": [{"resize": {"size": 40, "interpolation": "nearest"}}, {"center_crop": {"size": 36}}, {"cutmix": {}}],
+    "rand": [{"pad_crop": {"size": 32}}, {"rand_augment": {"num_ops": 1, "magnitude": 14}}],
     "augmented": [{"color_jitter": {"brightness": 0.5}}, {"trivial_augment": {}}, {"pad_crop": {"size": 30}}],
 }
 """Whole recipes whose pixels are the same on any machine (integers, copies, and float arithmetic that does not fuse)."""

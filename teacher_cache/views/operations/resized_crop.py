@@ -66,15 +66,19 @@ class RandomResizedCrop(Operation):
         return self.kernel == "integer"
 
     def draw(self, words: Words, sizes_B2: Sizes) -> Params:
-        boxes = self._central(sizes_B2)
-        pending = np.arange(len(sizes_B2))
-        for number in range(10):
-            found, drawn = self._try(words.block(number, pending), sizes_B2[pending])
-            boxes[pending[found]] = drawn[found]
-            pending = pending[~found]
-            if not len(pending):
-                break
+        found, boxes = self._try(words.block(0), sizes_B2)
+        pending = np.flatnonzero(~found)
+        if len(pending):
+            boxes[pending] = self._tried_again(words.blocks(1, 9, pending), sizes_B2[pending])
         return boxes.astype(np.int32)
+
+    def _tried_again(self, words_BN4: NDArray[np.uint32], sizes_B2: Sizes) -> NDArray[np.int64]:
+        """The first of N tries that fits, or the central box; all at once, as few samples come here."""
+        count, tries, _ = words_BN4.shape
+        found, boxes = self._try(words_BN4.reshape(-1, 4), np.repeat(sizes_B2, tries, axis=0))
+        found_BN = found.reshape(count, tries)
+        first = boxes.reshape(count, tries, 4)[np.arange(count), found_BN.argmax(axis=1)]
+        return np.where(found_BN.any(axis=1, keepdims=True), first, self._central(sizes_B2))
 
     def _try(self, words_B4: NDArray[np.uint32], sizes_B2: Sizes) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
         """Which samples' boxes fit, and the boxes (top, left, height, width) [B, 4]."""
