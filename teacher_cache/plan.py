@@ -125,6 +125,9 @@ def draft(opened: Opened, found: Manifest | None = None) -> Manifest:
     }
     for name, field in fields.items():
         open_encoding(field.fixed, shapes[name], name)
+        if field.fixed.kind == "sampled_k" and spec.fidelity.max_kl is not None:
+            hint = "Leave it out: one draw's KL is infinite; its total variation is measured."
+            raise SpecError("fidelity.max_kl", "has no meaning for sampled_k", spec.fidelity.max_kl, hint)
     return Manifest(
         state="building",
         identity=_identity(opened, fields, shapes),

@@ -90,7 +90,7 @@ def _bars(cache: Cache, view: int, rows: list[int]) -> list[tuple[Bar, ...]]:
         return [()] * len(rows)
     target, labels = cache.read("logits", view, rows), cache.labels
     # A stable sort: `topk` leaves the order of equal probabilities open.
-    probs_BC, order_BC = target.log_probs(1).double().exp().sort(dim=1, descending=True, stable=True)
+    probs_BC, order_BC = target.log_probs(target.drawn_at or 1).double().exp().sort(dim=1, descending=True, stable=True)
     count = min(_BARS, kept_classes(target, probs_BC.shape[1]))
     return [
         tuple(

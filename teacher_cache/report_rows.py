@@ -67,6 +67,9 @@ def measure(cache: Cache, picks: Picks) -> SoftTargets | None:
     """Entropy at each temperature and top-k mass of the picked rows; None where there are none to measure."""
     if "logits" not in cache.fields or len(picks.rows) == 0:
         return None
+    if cache.manifest.encodings["logits"].name == "sampled_k":
+        # Entropy and mass of one draw are the draw's, not the teacher's.
+        return None
     classes = cache.manifest.field_shapes["logits"][0]
     entropies: dict[int, list[Tensor]] = {temperature: [] for temperature in TEMPERATURES}
     masses, kept = [], classes

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from teacher_cache.encodings import Encoding
+from teacher_cache.encodings import Encoding, SampledLogits
 from teacher_cache.encodings.fidelity import measure_feature, measure_logits
 from teacher_cache.errors import BuildError, NonFiniteError, SpecError, TeacherCacheError
 from teacher_cache.loader import Decoded
@@ -30,6 +30,7 @@ from teacher_cache.views import How, Views
 from teacher_cache.views.philox import view_words
 
 _FIDELITY_ADDRESS = 2**16 - 1
+_SAMPLE_ADDRESS = 2**16 - 3
 
 
 class Work(NamedTuple):
@@ -214,6 +215,10 @@ class _Shard:
 
     def _encode(self, field: str, encoding: Encoding, rows: list[int], values: Tensor) -> dict[str, NDArray[Any]]:
         try:
+            if isinstance(encoding, SampledLogits):
+                digests, seed = self.job.opened.digests[rows], self.job.opened.recipe.seed
+                words = view_words(digests, self.view, _SAMPLE_ADDRESS, encoding.blocks, seed)
+                return encoding.encode_drawn(values, words)
             return encoding.encode(values)
         except NonFiniteError as error:
             row = rows[int(error.field.removeprefix("row "))]

@@ -156,7 +156,16 @@ class TopK(Strict):
     k: int = Field(gt=0)
 
 
-EncodingSpec = Annotated[DenseF32 | DenseF16 | DenseBF16 | DenseU8 | TopK, Field(discriminator="kind")]
+class SampledK(Strict):
+    """k classes drawn by their probability, weighted so that the teacher's distribution is their expectation."""
+
+    kind: Literal["sampled_k"]
+    k: int = Field(gt=0)
+    temperature: float = Field(default=1.0, gt=0, description="at which they are drawn; no other may be used")
+    scheme: Literal["threshold", "replacement"] = Field(default="threshold", description="`replacement` is a baseline")
+
+
+EncodingSpec = Annotated[DenseF32 | DenseF16 | DenseBF16 | DenseU8 | TopK | SampledK, Field(discriminator="kind")]
 
 
 class Auto(Strict):
@@ -168,7 +177,9 @@ class Auto(Strict):
     max_bytes: int | None = Field(default=None, gt=0, description="of a row")
 
 
-ChosenEncoding = Annotated[DenseF32 | DenseF16 | DenseBF16 | DenseU8 | TopK | Auto, Field(discriminator="kind")]
+ChosenEncoding = Annotated[
+    DenseF32 | DenseF16 | DenseBF16 | DenseU8 | TopK | SampledK | Auto, Field(discriminator="kind")
+]
 
 
 class FieldSpec(Strict):
@@ -226,7 +237,7 @@ class TeacherSpec(Strict):
                 raise ValueError(f"field {name!r} is none of `logits`, `feature:<node>` and `attention:<node>`")
             if kind == "attention" and field.pool != "none":
                 raise ValueError(f"field {name!r} is a map already: leave out `pool`")
-            if name != "logits" and field.encoding.kind in ("top_k", "dense_u8", "auto"):
+            if name != "logits" and field.encoding.kind in ("top_k", "dense_u8", "sampled_k", "auto"):
                 raise ValueError(f"`{field.encoding.kind}` keeps logits only, and {name!r} is a feature")
         return value
 

@@ -10,6 +10,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+from teacher_cache.encodings import SparseTarget, Target
 from teacher_cache.errors import CorruptionError, FormatError, TeacherCacheError
 from teacher_cache.manifest import MANIFEST
 from teacher_cache.plan import open_parts
@@ -186,9 +187,9 @@ def _recompute_view(cache: Cache, job: Job, view: int, sampled: list[int]) -> It
         asked = [place for place, number in enumerate(again.rows) if number in left]
         left -= {*again.rows, *again.broken}
         for field, columns in again.columns.items() if asked else ():
-            stored = cache.read(field, view, [again.rows[place] for place in asked]).dense().values.float()
+            stored = _plain(cache.read(field, view, [again.rows[place] for place in asked]))
             decoded = job.encodings[field].decode({name: values[asked] for name, values in columns.items()})
-            fresh = decoded.dense().values.float()
+            fresh = _plain(decoded)
             # Equal infinities (masked classes) differ by NaN.
             error = torch.where(stored == fresh, 0.0, (stored - fresh).abs()).max().item()
             # Other processors round otherwise: a few units in the last place of the stored type are no fault.
@@ -196,3 +197,10 @@ def _recompute_view(cache: Cache, job: Job, view: int, sampled: list[int]) -> It
                 name = f"view {view}, {field}, near {cache.samples.keys[row]}"
                 what = f"the teacher answers otherwise now (largest difference {error:.3g})"
                 yield Problem(name, what, "Check the teacher's weights, and the libraries' versions.")
+
+
+def _plain(target: Target) -> torch.Tensor:
+    """What two answers are compared by: values, or of a sample its weights."""
+    if isinstance(target, SparseTarget) and target.drawn_at is not None:
+        return target.log_probs(target.drawn_at)
+    return target.dense().values.float()

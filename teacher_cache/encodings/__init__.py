@@ -7,10 +7,11 @@ from typing import assert_never
 from teacher_cache.encodings.base import Columns, Encoding, Part, row_bytes
 from teacher_cache.encodings.dense import Dense
 from teacher_cache.encodings.dense_u8 import DenseU8 as DenseU8Logits
+from teacher_cache.encodings.sampled import SampledLogits
 from teacher_cache.encodings.target import DenseTarget, SparseTarget, Steps, Target, joined
 from teacher_cache.encodings.top_k import TopKLogits
 from teacher_cache.errors import SpecError
-from teacher_cache.spec import DenseBF16, DenseF16, DenseF32, DenseU8, EncodingSpec, TopK
+from teacher_cache.spec import DenseBF16, DenseF16, DenseF32, DenseU8, EncodingSpec, SampledK, TopK
 
 __all__ = [
     "Columns",
@@ -19,6 +20,7 @@ __all__ = [
     "DenseU8Logits",
     "Encoding",
     "Part",
+    "SampledLogits",
     "SparseTarget",
     "Steps",
     "Target",
@@ -46,6 +48,11 @@ def open_encoding(spec: EncodingSpec, shape: tuple[int, ...], field: str) -> Enc
             return Dense(shape, "bfloat16")
         case DenseU8():
             return DenseU8Logits(shape[0], spec.step if spec.mode == "fixed" else None)
+        case SampledK():
+            if spec.k > shape[0]:
+                where, rule = f"teacher.fields.{field}.encoding.k", f"must be at most {shape[0]}, the classes"
+                raise SpecError(where, rule, spec.k, "Lower it, or use dense_f16.")
+            return SampledLogits(shape[0], spec.k, spec.temperature, spec.scheme)
         case TopK():
             if spec.k > shape[0]:
                 where, rule = f"teacher.fields.{field}.encoding.k", f"must be at most {shape[0]}, the classes"

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from teacher_cache.encodings.target import Target
+from teacher_cache.encodings.target import SparseTarget, Target
 
 TEMPERATURES = (1, 2, 4)
 
@@ -21,8 +21,10 @@ def measure_logits(exact_BC: Tensor, target: Target) -> dict[str, float]:
 
     Returns:
         `rows`; `kl_t1`, `kl_t2`, `kl_t4` (Σ KL(teacher ‖ decoded), in nats); `top1` (rows whose largest class
-        is the same); `mass_error` (largest |Σ p − 1|).
+        is the same); `mass_error` (largest |Σ p − 1|). Of samples `total_variation` stands in the place of KL.
     """
+    if isinstance(target, SparseTarget) and target.drawn_at is not None:
+        return _measure_sample(exact_BC, target, target.drawn_at)
     found = {"rows": float(len(exact_BC))}
     for temperature in TEMPERATURES:
         exact_logp = torch.log_softmax(exact_BC.double() / temperature, dim=1)
@@ -35,6 +37,18 @@ def measure_logits(exact_BC: Tensor, target: Target) -> dict[str, float]:
     found["top1"] = float((probs_BC.argmax(1) == exact_BC.argmax(1)).sum())
     found["mass_error"] = float((probs_BC.sum(1) - 1).abs().max())
     return found
+
+
+def _measure_sample(exact_BC: Tensor, target: SparseTarget, temperature: float) -> dict[str, float]:
+    """A sample's KL is infinite, as most classes have no weight: its distance is what can be said of one draw."""
+    exact_p_BC = torch.softmax(exact_BC.double() / temperature, dim=1)
+    probs_BC = target.log_probs(temperature).double().exp()
+    return {
+        "rows": float(len(exact_BC)),
+        "total_variation": float((probs_BC - exact_p_BC).abs().sum() / 2),
+        "top1": float((probs_BC.argmax(1) == exact_BC.argmax(1)).sum()),
+        "mass_error": float((probs_BC.sum(1) - 1).abs().max()),
+    }
 
 
 def measure_feature(exact: Tensor, target: Target) -> dict[str, float]:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
+
+from teacher_cache.errors import MismatchError
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,8 @@ class DenseTarget:
     """[B, C] logits, or [B, ...] features, as stored: float16, float32, or uint8 with `steps`."""
     steps: Steps | None = None
     """What uint8 values mean; None where values are what they are."""
+
+    drawn_at: ClassVar[None] = None
 
     def __len__(self) -> int:
         return len(self.values)
@@ -76,12 +81,21 @@ class SparseTarget:
     """float16, log Σ exp(logit) over all classes, raw: with it the raw logits can be had back."""
     classes: int
     """C."""
+    drawn_at: float | None = None
+    """The temperature of a sample; None where the target holds at every temperature."""
 
     def __len__(self) -> int:
         return len(self.values_BK)
 
     def log_probs_sparse(self, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-        """Log-probabilities at T of the kept classes, float32 [B, K], and of *each* class left out, [B]."""
+        """Log-probabilities at T of the kept classes, float32 [B, K], and of *each* class left out, [B].
+
+        Raises:
+            MismatchError: the target is a sample that was drawn at another temperature.
+        """
+        if self.drawn_at is not None:
+            self._require_drawn_at(temperature)
+            temperature = 1.0
         kept_BK = self.values_BK.float() / temperature
         each_B = self._tail_logit() / temperature
         rest = self.classes - kept_BK.shape[1]
@@ -89,6 +103,13 @@ class SparseTarget:
         if rest:
             total_B = torch.logaddexp(total_B, each_B + math.log(rest))
         return kept_BK - total_B[:, None], each_B - total_B
+
+    def _require_drawn_at(self, temperature: float) -> None:
+        if temperature != self.drawn_at:
+            hint = "Train at that temperature, or build a cache whose sampled_k is drawn at another."
+            raise MismatchError(
+                "temperature", f"must be {self.drawn_at:g}, at which the sample was drawn", temperature, hint
+            )
 
     def _tail_logit(self) -> Tensor:
         rest = self.classes - self.values_BK.shape[1]
@@ -114,10 +135,18 @@ class SparseTarget:
             self.tail_logmass_B.to(device, non_blocking=non_blocking),
             self.lse_B.to(device, non_blocking=non_blocking),
             self.classes,
+            self.drawn_at,
         )
 
     def dense(self) -> DenseTarget:
-        """Raw logits float32 [B, C], the classes left out at their common logit."""
+        """Raw logits float32 [B, C], the classes left out at their common logit.
+
+        Raises:
+            MismatchError: of a sample; it says nothing of the classes that were not drawn.
+        """
+        if self.drawn_at is not None:
+            hint = "Read its log_probs at the temperature at which it was drawn."
+            raise MismatchError("target", "must keep logits to give them back", "sampled_k", hint)
         kept_BK, each_B = self.log_probs_sparse()
         return DenseTarget(self._scatter(kept_BK, each_B) + self.lse_B.float()[:, None])
 
@@ -139,6 +168,7 @@ def joined(targets: Sequence[Target]) -> Target:
         torch.cat([target.tail_logmass_B for target in sparse]),
         torch.cat([target.lse_B for target in sparse]),
         first.classes,
+        first.drawn_at,
     )
 
 
