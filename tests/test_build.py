@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -514,6 +515,12 @@ class TestFailures:
         wider = toy_spec(tmp_path / "cache", arrays, teacher__fields=fields, fidelity={"max_kl": 5.0})
         assert serial(wider).shards_built == 0
         assert read_manifest(tmp_path / "cache").state == "sealed"
+        found = tc.open(tmp_path / "cache").totals.fidelity["logits"]
+        worst = max(found[f"kl_t{temperature}"] for temperature in (1, 2, 4))
+        for factor in (0.99, 1.01):
+            near = toy_spec(tmp_path / str(factor), arrays, teacher__fields=fields, fidelity={"max_kl": worst * factor})
+            with pytest.raises(BuildError, match="at most") if factor < 1 else nullcontext():
+                serial(near)
         exact = toy_spec(tmp_path / "exact", arrays, fidelity={"max_kl": 1e-6})
         assert serial(exact).fidelity["logits"]["kl_t1"] < 1e-6
         with pytest.raises(SpecError, match="rows to measure on"):

@@ -179,6 +179,19 @@ def test_dense_u8_by_hand() -> None:
     assert own["step"].tolist() == pytest.approx([42 / 255, 0.2])
 
 
+def test_dense_u8_of_a_row_without_a_range() -> None:
+    """Equal logits have no range to divide by 255: the step is 1, and every level 0."""
+    columns = open_encoding(SPECS["dense_u8 by row"], (3,), "logits").encode(torch.full((1, 3), 2.5))
+    assert (columns["step"].tolist(), columns["values"].tolist()) == ([1.0], [[0, 0, 0]])
+
+
+@QUANTISED
+def test_dense_u8_refuses_a_maximum_that_half_precision_cannot_hold(name: str) -> None:
+    values_BC = torch.tensor([[0.0, 1.0], [70_000.0, 69_999.0]])
+    with pytest.raises(NonFiniteError, match="row 1"):
+        opened(name, 2).encode(values_BC)
+
+
 def test_dense_u8_is_for_logits_and_takes_a_step_where_it_means_something() -> None:
     with pytest.raises(SpecError, match="keeps logits only"):
         parse(TeacherSpec, {"model": "a:b", "fields": {"feature:x": {"encoding": "dense_u8"}}}, "test")

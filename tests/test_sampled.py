@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import SEEDS, logits
 from torch import Tensor
-from toy_builds import toy_spec, tree
+from toy_builds import ROWS, expected_logits, toy_spec, tree
 
 import teacher_cache as tc
 from student_train import KD, Objective, ViewStream
@@ -186,6 +186,14 @@ def test_a_cache_of_samples(scheme: Scheme, store: str, arrays: Path, tmp_path: 
     assert report.fidelity["logits"]["mass_error"] < 1e-5
     assert tc.verify(tmp_path / "cache", recompute=20, views=20).ok
     cache = tc.open(tmp_path / "cache")
+    # As FORMAT.md has it: the words of the row's own address, in its own view.
+    encoding = cache.manifest.encodings["logits"]
+    assert isinstance(encoding, SampledLogits)
+    for view in range(2):
+        exact = torch.from_numpy(expected_logits(cache.render(view, range(ROWS))))
+        words = view_words(key_digests(cache.samples.keys), view, 2**16 - 3, encoding.blocks, cache.recipe.seed)
+        again = encoding.encode_drawn(exact, words)
+        assert all((again[part] == stored).all() for part, stored in cache.columns("logits", view, range(ROWS)).items())
     batch = next(iter(ViewStream(cache, batch_size=9)))
     student = torch.zeros((9, 10), requires_grad=True)
     loss, _ = Objective([KD(temperature=2.0)])(student, batch)
