@@ -80,6 +80,8 @@ def run_work(job: Job, work: Work) -> list[Receipt]:
     # A worker may have died between two commits: what it did commit is not computed again.
     done = {view: receipt for view in work.views if (receipt := _committed(job, view, work.shard))}
     shards = [_Shard(job, view, work.shard) for view in work.views if view not in done]
+    if not shards:
+        return list(done.values())
     for start, stop in _micro_batches(*job.manifest.grid.span(work.shard), job.opened.spec.teacher.micro_batch):
         decoded = job.opened.loader.decode(range(start, stop))
         for shard in shards:

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from student_train import losses
 from student_train.losses import soft_target_loss
-from teacher_cache.encodings import DenseTarget, TopKLogits
+from teacher_cache.encodings import DenseTarget, SparseTarget, TopKLogits
+from teacher_cache.errors import MismatchError, RequestError
 
 Array = NDArray[np.float64]
 
@@ -99,3 +106,253 @@ def test_a_student_that_equals_the_teacher_has_no_loss() -> None:
     _, teacher = draw(4)
     dense = DenseTarget(torch.tensor(teacher))
     assert float(soft_target_loss(torch.tensor(teacher), dense, 4.0)) == pytest.approx(0, abs=1e-6)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A student's logits, a sparse target and how they are worked on."""
+
+    rows: int = 3
+    classes: int = 23
+    k: int = 5
+    temperature: float = 4.0
+    chunk: int = 7
+    spread: float = 3.0
+    logits_type: torch.dtype = torch.float32
+    index_type: torch.dtype = torch.uint8
+    masked: bool = False
+    seed: int = 0
+
+    def logits(self) -> Tensor:
+        drawn = np.random.Generator(np.random.Philox(self.seed)).normal(0, 1, (self.rows, self.classes))
+        scaled = torch.tensor(np.clip(drawn, -2, 2) * self.spread, dtype=self.logits_type)
+        return scaled.requires_grad_()
+
+    def target(self) -> SparseTarget:
+        drawn = np.random.Generator(np.random.Philox(self.seed + 1)).normal(0, 3, (self.rows, self.classes))
+        teacher, encoding = torch.tensor(drawn, dtype=torch.float32), TopKLogits(self.classes, self.k)
+        if self.masked:
+            teacher = torch.where(teacher < teacher.sort(descending=True).values[:, self.k - 1, None], -1e9, teacher)
+        target = encoding.decode(encoding.encode(teacher))
+        return replace(target, indices_BK=target.indices_BK.to(self.index_type))
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    classes = draw(st.integers(1, 40))
+    return Case(
+        rows=draw(st.integers(1, 5)),
+        classes=classes,
+        k=draw(st.sampled_from([1, classes]) | st.integers(1, classes)),
+        temperature=draw(st.sampled_from([0.5, 1.0, 3.0, 20.0])),
+        chunk=draw(st.integers(1, classes + 1)),
+        spread=draw(st.sampled_from([0.0, 1.0, 30.0, 1e4])),
+        logits_type=draw(st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64])),
+        index_type=draw(st.sampled_from([torch.uint8, torch.uint16, torch.uint32])),
+        masked=draw(st.booleans()),
+        seed=draw(st.integers(0, 10_000)),
+    )
+
+
+def plain(logits_BC: Tensor, target: SparseTarget, temperature: float) -> tuple[float, Tensor]:
+    """T² · mean KL and its gradient over the spread-out teacher, in float64 and by automatic differentiation."""
+    logits = logits_BC.detach().double().requires_grad_()
+    p_BC = torch.softmax(target.log_probs(temperature).double(), dim=1)
+    log_q_BC = torch.log_softmax(logits / temperature, dim=1)
+    loss = temperature**2 * (torch.xlogy(p_BC, p_BC) - p_BC * log_q_BC).sum(dim=1).mean()
+    (gradient,) = torch.autograd.grad(loss, logits)
+    return float(loss.detach()), gradient
+
+
+def assert_right(loss: Tensor, gradient: Tensor | None, logits: Tensor, case: Case) -> None:
+    """Value and gradient are those of `plain`, each as exact as its type allows."""
+    assert gradient is not None
+    assert gradient.dtype == logits.dtype
+    expected, slope = plain(logits, case.target(), case.temperature)
+    assert float(loss.detach()) == pytest.approx(expected, rel=3e-6, abs=2e-6 * case.temperature**2)
+    rounding = max(torch.finfo(logits.dtype).eps / 2, 1e-5)
+    torch.testing.assert_close(gradient.double(), slope, rtol=rounding, atol=1e-6 * case.temperature)
+
+
+@given(case=cases())
+@example(case=Case(classes=1, k=1, chunk=1))
+@example(case=Case(rows=1, classes=40, k=1, chunk=39, spread=1e4, logits_type=torch.float16))
+@example(case=Case(classes=40, k=40, chunk=16, index_type=torch.uint32, logits_type=torch.bfloat16))
+@example(case=Case(masked=True))
+def test_sparse_equals_the_formula(case: Case) -> None:
+    """Value and gradient, chunk by chunk, are those of the plain form in float64."""
+    logits = case.logits()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(losses, "CHUNK", case.chunk)
+        loss = soft_target_loss(logits, case.target(), case.temperature)
+        loss.backward()
+    assert loss.dtype == torch.promote_types(case.logits_type, torch.float32)
+    assert_right(loss, logits.grad, logits, case)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("k", [1, 5, 23])
+def test_the_gradient_is_the_slope_of_the_value(k: int, masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Finite differences in float64, of rows that weigh differently."""
+    case = Case(k=k, masked=masked, logits_type=torch.float64)
+    monkeypatch.setattr(losses, "CHUNK", case.chunk)
+    target, weights_B = case.target(), torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+    assert torch.autograd.gradcheck(
+        lambda logits: (losses._sparse_kl(logits, target, 2.0) * weights_B).sum(), (case.logits(),)
+    )
+
+
+@pytest.mark.parametrize("temperature", [0.5, 3.0])
+def test_logits_far_from_zero_keep_their_digits(temperature: float) -> None:
+    """Of logits around 10⁴ only differences count; a quotient by T, or their plain sum, would lose them."""
+    case = Case(classes=200, index_type=torch.uint8, temperature=temperature)
+    logits = (case.logits().detach() + 1e4).requires_grad_()
+    loss = soft_target_loss(logits, case.target(), temperature)
+    loss.backward()
+    assert_right(loss, logits.grad, logits, case)
+
+
+@pytest.mark.parametrize("logits_type", [torch.float32, torch.bfloat16])
+def test_only_the_logits_of_that_size_are_kept(logits_type: torch.dtype) -> None:
+    """No softmax, and no float32 copy of small logits, lives between the two passes."""
+    case, kept = Case(rows=4, classes=200, k=3, logits_type=logits_type), []
+    logits = case.logits()
+
+    def pack(saved: Tensor) -> Tensor:
+        kept.append(saved)
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
+        loss = soft_target_loss(logits, case.target(), case.temperature)
+    large = [saved for saved in kept if saved.numel() > case.rows * case.k]
+    assert [saved.data_ptr() for saved in large] == [logits.data_ptr()]
+    loss.backward()
+
+
+class Sizes(TorchDispatchMode):
+    """Notes how many elements each freshly made tensor has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[int] = []
+        self.alive: list[Tensor] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        known = {part.untyped_storage().data_ptr() for part in (*self.alive, *args) if isinstance(part, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.untyped_storage().data_ptr() not in known:
+            self.made.append(result.numel())
+            # Freed memory would be given out again at the same address, and pass for known.
+            self.alive.append(result)
+        return result
+
+
+@pytest.mark.parametrize("logits_type", [torch.float16, torch.float32])
+def test_the_gradient_is_the_only_large_tensor_made(logits_type: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the teacher nor the student is spread out in any step: temporaries are [B, CHUNK]."""
+    case = Case(rows=4, classes=200, k=3, chunk=32, logits_type=logits_type)
+    monkeypatch.setattr(losses, "CHUNK", case.chunk)
+    logits, target = case.logits(), case.target()
+    with Sizes() as forward:
+        loss = soft_target_loss(logits, target, case.temperature)
+    with Sizes() as backward:
+        (gradient,) = torch.autograd.grad(loss, logits)
+    assert max(forward.made) == case.rows * case.chunk
+    assert [size for size in backward.made if size > case.rows * case.chunk] == [gradient.numel()]
+
+
+def test_autocast_changes_nothing() -> None:
+    """Under autocast a student's head answers bfloat16: the loss on it is still float32, its gradient bfloat16."""
+    case = Case(logits_type=torch.bfloat16)
+    inside, outside, target = case.logits(), case.logits(), case.target()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = soft_target_loss(inside, target, case.temperature)
+        loss.backward()
+    expected = soft_target_loss(outside, target, case.temperature)
+    expected.backward()
+    assert loss.dtype == torch.float32
+    assert torch.equal(loss, expected)
+    assert_right(loss, inside.grad, inside, case)
+    torch.testing.assert_close(inside.grad, outside.grad, rtol=0, atol=0)
+
+
+def test_scaled_gradients_survive_float16() -> None:
+    """A loss scaled up before the backward pass scales gradients before they are rounded to float16."""
+    case, scale = Case(rows=5, temperature=0.5, logits_type=torch.float16), 2.0**14
+    logits = case.logits()
+    (soft_target_loss(logits, case.target(), case.temperature) * scale).backward()
+    assert logits.grad is not None
+    _, slope = plain(logits, case.target(), case.temperature)
+    torch.testing.assert_close(logits.grad.double() / scale, slope, rtol=6e-4, atol=2e-8)
+
+
+def test_the_layout_of_the_logits_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Transposed, strided or one row repeated: value and gradient are those of a plain copy."""
+    case = Case()
+    monkeypatch.setattr(losses, "CHUNK", case.chunk)
+    dense = case.logits().detach()
+    spaced = torch.stack([dense, dense.flip(1)], dim=2)[..., 0]
+    for layout in (dense.T.contiguous().T, spaced, dense[:1].expand(case.rows, -1)):
+        assert not layout.is_contiguous()
+        logits = layout.requires_grad_()
+        loss = soft_target_loss(logits, case.target(), case.temperature)
+        (gradient,) = torch.autograd.grad(loss, logits)
+        assert_right(loss, gradient, logits, case)
+
+
+def test_logits_without_gradient_and_logits_are_left_alone() -> None:
+    """An evaluation needs no graph; neither pass writes on the logits or on the target."""
+    case = Case()
+    logits, target = case.logits(), case.target()
+    before, values = logits.detach().clone(), target.values_BK.clone()
+    loss = soft_target_loss(logits, target, case.temperature)
+    loss.backward()
+    free = soft_target_loss(logits.detach(), target, case.temperature)
+    assert not free.requires_grad
+    assert torch.equal(free, loss.detach())
+    assert torch.equal(logits.detach(), before)
+    assert torch.equal(target.values_BK, values)
+
+
+def test_a_second_derivative_is_refused() -> None:
+    """The closed form has one derivative; dropping the second from a sum of terms would be worse than an error."""
+    case = Case()
+    logits, target = case.logits(), case.target()
+    with pytest.raises(RequestError, match="no second derivative"):
+        torch.autograd.grad(soft_target_loss(logits, target, 2.0), logits, create_graph=True)
+    dense = soft_target_loss(logits, target.dense(), 2.0)
+    (slope,) = torch.autograd.grad(dense, logits, create_graph=True)
+    slope.square().sum().backward()
+
+
+def test_a_student_that_masks_the_same_classes_has_a_finite_loss() -> None:
+    """Where both have no mass there is nothing to compare: 0 · (−∞ + ∞) is 0, in the gradient too."""
+    case = Case(masked=True)
+    target = case.target()
+    masked_BC = target.log_probs().isneginf()
+    logits = case.logits().detach().masked_fill(masked_BC, -torch.inf).requires_grad_()
+    loss = soft_target_loss(logits, target, case.temperature)
+    loss.backward()
+    assert logits.grad is not None
+    assert loss.isfinite()
+    assert torch.equal(logits.grad == 0, masked_BC)
+
+
+@pytest.mark.parametrize("place", ["student", "kept", "tail"])
+def test_nan_is_not_swallowed(place: str) -> None:
+    case = Case()
+    logits, target = case.logits().detach(), case.target()
+    if place == "student":
+        logits[1, 20] = torch.nan
+    elif place == "kept":
+        target.values_BK[1, 2] = torch.nan
+    else:
+        target.tail_logmass_B[1] = torch.nan
+    assert soft_target_loss(logits, target, case.temperature).isnan()
+
+
+@pytest.mark.parametrize("shape", [(3, 24), (3, 22), (4, 23), (1, 23)])
+def test_a_sparse_target_of_another_shape_is_refused(shape: tuple[int, int]) -> None:
+    """`gather` alone would take a larger student in silence and call its further classes tail."""
+    with pytest.raises(MismatchError, match=r"\[3, 23\]"):
+        soft_target_loss(torch.zeros(shape), Case().target(), 1.0)

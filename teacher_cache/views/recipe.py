@@ -77,6 +77,7 @@ class Recipe:
         return tuple(layout)
 
     def columns_of(self, params_BP: Params, place: int, role: str) -> Params:
+        """The stored columns of one operation in one role (see `Columns`), a view of `params_BP`."""
         for columns in self.layout:
             if columns.place == place and columns.role == role:
                 return params_BP[:, columns.start : columns.stop]
