@@ -23,6 +23,9 @@ from teacher_cache.spec import BuildSpec
 from teacher_cache.storage import remove_temporary, write_atomic
 from teacher_cache.storage.parquet_tables import table_bytes
 
+_MOST_HELD = 2**30
+"""Bytes of finished rows that a worker may hold because several views are made from one decoding."""
+
 Executor = Literal["ray", "serial"]
 Progress = Callable[[int, int, int], None]
 """Called after each shard with (rows done, rows in all, rows that this run has computed)."""
@@ -95,9 +98,13 @@ def build(spec: BuildSpec, executor: Executor = "ray", progress: Progress | None
 
 
 def _together(spec: BuildSpec, manifest: Manifest, executor: Executor) -> int:
-    """How many views are made from one decoding: as told, or fewer where workers would have nothing to do."""
+    """How many views are made from one decoding: as told, or fewer where workers or memory would run out.
+
+    A worker holds the rows of all these views until they are committed.
+    """
     workers = 1 if executor == "serial" else worker_count(spec.compute)
-    together = min(spec.compute.views_per_decode, manifest.views)
+    held = manifest.store.shard_rows * sum(part.row_bytes for group in manifest.groups(0) for part in group.parts)
+    together = max(1, min(spec.compute.views_per_decode, manifest.views, _MOST_HELD // held))
     while together > 1 and -(-manifest.views // together) * manifest.grid.shards < 4 * workers:
         together -= 1
     return together

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,30 @@ class TestSeveralViewsOfOneDecoding:
         spec = toy_spec(tmp_path / "cache", arrays, views=MANY, compute__views_per_decode=together)
         tc.build(spec, executor=executor)
         assert tree(tmp_path / "cache") == tree(many)
+
+    @pytest.mark.parametrize(
+        ("told", "bytes_held", "expected"), [(6, 2**30, 6), (4, 2**30, 4), (9, 2**30, 6), (6, 1500, 3), (6, 1, 1)]
+    )
+    def test_how_many_views_go_together(
+        self,
+        many: Path,
+        arrays: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        told: int,
+        bytes_held: int,
+        expected: int,
+    ) -> None:
+        """As told, but no more than there are, nor than a worker's memory or the other workers' idleness allow."""
+        module = sys.modules["teacher_cache.build"]
+        manifest = tc.open(many).manifest
+        held = 8 * sum(part.row_bytes for group in manifest.groups(0) for part in group.parts)
+        assert held == 496
+        monkeypatch.setattr(module, "_MOST_HELD", bytes_held)
+        spec = toy_spec(tmp_path / "cache", arrays, views=MANY, compute__views_per_decode=told, compute__workers=1)
+        assert module._together(spec, manifest, "serial") == expected
+        crowded = spec.model_copy(update={"compute": spec.compute.model_copy(update={"workers": 3})})
+        assert module._together(crowded, manifest, "ray") <= min(expected, 3)
 
     def test_building_decodes_once(self, arrays: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """27 rows × 6 views in groups of 3 are 54 decodings, besides the few of planning."""
