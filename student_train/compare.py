@@ -76,16 +76,17 @@ def compare(spec: CompareSpec, progress: Progress | None = None) -> Comparison:
         # Arms over the same data share it: opening may mean reading a data set into memory.
         key = run.data.model_dump_json()
         shared[key] = shared.get(key) or open_data(run)
+    opened = {name: shared[run.data.model_dump_json()] for name, run in arms.items()}
     for name, run in arms.items():
         # Whatever an arm's data does not allow is said before the first arm has been trained.
-        open_stream(run, shared[run.data.model_dump_json()], spec.arms[name].objective, spec.seeds[0])
+        open_stream(run, opened[name], spec.arms[name].objective, spec.seeds[0])
     accuracy: dict[str, list[float]] = {arm: [] for arm in spec.arms}
     history: dict[str, list[list[dict[str, float]]]] = {arm: [] for arm in spec.arms}
     for seed in spec.seeds:
         for arm, run in arms.items():
             folder = Path(spec.run) / arm / f"seed-{seed}"
             log = (lambda entry, arm=arm, seed=seed: progress(arm, seed, entry)) if progress else None
-            result = train_one(run, shared[run.data.model_dump_json()], spec.arms[arm].objective, seed, folder, log)
+            result = train_one(run, opened[arm], spec.arms[arm].objective, seed, folder, log)
             accuracy[arm].append(result.history[-1]["accuracy"])
             history[arm].append(result.history)
     first = next(iter(spec.arms))

@@ -105,14 +105,14 @@ class _Steps(Dataset[Batch]):
 
 
 def _mixing(data: Rows, rendered: Sequence[Rendered]) -> Mixing | None:
-    mixed = [(item.views.mixed, item.partner_rows) for item in rendered]
-    shares = [how.shares_B for how, rows in mixed if how is not None]
-    partners = [rows for how, rows in mixed if rows is not None]
+    mixed = [item.views.mixed for item in rendered if item.views.mixed is not None]
+    partners = [item.partner_rows for item in rendered if item.partner_rows is not None]
     if not partners:
         return None
     partners_B = np.concatenate(partners)
     labels = None if data.labels is None else torch.from_numpy(data.labels[partners_B])
-    return Mixing(partners_B, labels, torch.from_numpy(np.concatenate(shares)).float())
+    shares_B = np.concatenate([item.shares_B for item in mixed])
+    return Mixing(partners_B, labels, torch.from_numpy(shares_B).float())
 
 
 class ViewStream:

@@ -14,14 +14,12 @@ import torch
 from teacher_cache import samples as sample_table
 from teacher_cache.encodings import fidelity
 from teacher_cache.errors import BuildError, SpecError
-from teacher_cache.fingerprint import bytes_digest
-from teacher_cache.manifest import Manifest, TableRef, write_manifest
+from teacher_cache.manifest import Manifest, write_manifest
 from teacher_cache.plan import Opened, begin, open_parts, worker_count
 from teacher_cache.receipts import Receipt, add_up, read_receipts
 from teacher_cache.shard_job import Work, open_job, run_work
 from teacher_cache.spec import BuildSpec
-from teacher_cache.storage import remove_temporary, write_atomic
-from teacher_cache.storage.parquet_tables import table_bytes
+from teacher_cache.storage import remove_temporary
 
 _MOST_HELD = 2**30
 """Bytes of finished rows that a worker may hold because several views are made from one decoding."""
@@ -204,17 +202,14 @@ def seal(root: Path, manifest: Manifest) -> Manifest:
     beginning = sample_table.read_samples(root, manifest.samples)
     final = sample_table.with_receipts(beginning, manifest, receipts)
     records = [(receipt, record) for receipt in receipts for record in receipt.files]
-    data = table_bytes(
-        {
-            "view": [receipt.view for receipt, _ in records],
-            "shard": [receipt.shard for receipt, _ in records],
-            "path": [record.path for _, record in records],
-            "size": [record.size for _, record in records],
-            "digest": [record.digest for _, record in records],
-        }
-    )
-    table = TableRef(path=f"receipts-{bytes_digest(data)[:12]}.parquet", digest=bytes_digest(data))
-    write_atomic(root, table.path, data)
+    columns = {
+        "view": [receipt.view for receipt, _ in records],
+        "shard": [receipt.shard for receipt, _ in records],
+        "path": [record.path for _, record in records],
+        "size": [record.size for _, record in records],
+        "digest": [record.digest for _, record in records],
+    }
+    table = sample_table.write_table(root, "receipts", columns)
     samples = sample_table.write_samples(root, final)
     sealed = manifest.model_copy(
         update={

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from teacher_cache.encodings import DenseTarget, Target, open_encoding, row_bytes
 from teacher_cache.encodings.calibration import Calibration, Measured
+from teacher_cache.encodings.fidelity import kl_terms
 from teacher_cache.errors import NonFiniteError, SourceError, SpecError
 from teacher_cache.loader import ViewLoader
 from teacher_cache.spec import Auto, DenseF16, DenseF32, DenseU8, EncodingSpec, TopK
-from teacher_cache.teachers import Teacher
+from teacher_cache.teachers import Teacher, padded
 from teacher_cache.views.philox import view_words
 
 ROWS = 256
@@ -65,8 +66,7 @@ def _sampled_logits(teacher: Teacher, loader: ViewLoader, digests_N: NDArray[np.
         if not decoded.images:
             continue
         pixels = loader.views(decoded, 0).pixels_BCHW
-        padding = pixels.new_zeros((micro_batch - len(pixels), *pixels.shape[1:]))
-        found.append(teacher(torch.cat([pixels, padding]))["logits"][: len(pixels)].float().cpu())
+        found.append(teacher(padded(pixels, micro_batch))["logits"][: len(pixels)].float().cpu())
     if not found:
         raise SourceError("source", "has no sample that can be decoded among those sampled", len(rows), "Check it.")
     return torch.cat(found)
@@ -102,8 +102,7 @@ def _measure(
         exact_logp_BC = torch.log_softmax(exact_BC / temperature, dim=1)
         decoded_logp_BC = _log_probs(target, temperature)
         p_BC, decoded_BC = exact_logp_BC.exp(), decoded_logp_BC.exp()
-        each_BC = torch.where(p_BC > 0, p_BC * (exact_logp_BC - decoded_logp_BC), 0.0)
-        kl[f"{temperature:g}"] = max(0.0, float(each_BC.sum(1).mean()))
+        kl[f"{temperature:g}"] = max(0.0, float(kl_terms(exact_logp_BC, decoded_logp_BC).sum(1).mean()))
         away = (p_BC - 1 / p_BC.shape[1]).norm(dim=1).mean()
         gradient[f"{temperature:g}"] = float((decoded_BC - p_BC).norm(dim=1).mean() / away.clamp(min=1e-12))
     p_BC, decoded_BC = exact_BC.softmax(1), _log_probs(target, 1.0).exp()

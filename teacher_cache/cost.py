@@ -12,6 +12,7 @@ from teacher_cache.encodings.calibration import Calibration
 from teacher_cache.manifest import Manifest
 from teacher_cache.plan import Opened, draft, first_views, open_parts, worker_count
 from teacher_cache.spec import BuildSpec
+from teacher_cache.teachers import padded
 
 
 @dataclass(frozen=True)
@@ -80,8 +81,7 @@ def _time(opened: Opened, micro_batches: int) -> tuple[float, float]:
     started = time.perf_counter()
     views = opened.view_of(rows, 0)
     render = time.perf_counter() - started
-    pixels = views.pixels_BCHW
-    batch = torch.cat([pixels, torch.zeros((size - len(rows), *pixels.shape[1:]), dtype=torch.uint8)])
+    batch = padded(views.pixels_BCHW, size)
     seconds = []
     for _ in range(micro_batches + 1):
         started = time.perf_counter()

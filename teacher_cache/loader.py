@@ -17,9 +17,8 @@ from torch import Tensor
 from teacher_cache.sources import BrokenSample, Item
 from teacher_cache.views import How, Pool, Recipe, Views, render_again, render_views
 from teacher_cache.views.operations import Params
+from teacher_cache.views.rendering import FASTEST
 from teacher_cache.views.student_size import Resized
-
-_FAST = How()
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ class ViewLoader:
         content = np.array([item.content for item in items], np.uint64)
         return Decoded(np.array(found, np.int64), [item.image_CHW for item in items], content, broken)
 
-    def views(self, decoded: Decoded, view: int, how: How = _FAST) -> Views:
+    def views(self, decoded: Decoded, view: int, how: How = FASTEST) -> Views:
         """Draws and renders one view of each decoded row."""
         return render_views(self.recipe, decoded.images, self._digests[decoded.rows], view, self.pool, how)
 

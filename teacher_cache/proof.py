@@ -15,11 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from teacher_cache.errors import TeacherCacheError, ViewMismatch
-from teacher_cache.fingerprint import bytes_digest
 from teacher_cache.manifest import TableRef, library_versions
-from teacher_cache.samples import read_checked
-from teacher_cache.storage import write_atomic
-from teacher_cache.storage.parquet_tables import read_table, table_bytes
+from teacher_cache.samples import read_checked, write_table
+from teacher_cache.storage.parquet_tables import read_table
 from teacher_cache.views import Views
 
 if TYPE_CHECKING:
@@ -67,11 +65,8 @@ def reference_count(view_shape: tuple[int, int, int]) -> int:
 
 def write_references(root: Path, rows: list[int], views: list[int], pixels: list[Tensor]) -> TableRef:
     """Keeps one view of each of some rows whole, in a table whose name is made of its digest."""
-    data = table_bytes({"view": views, "row": rows, "pixels": [view.cpu().numpy().tobytes() for view in pixels]})
-    digest = bytes_digest(data)
-    path = f"references-{digest[:12]}.parquet"
-    write_atomic(root, path, data)
-    return TableRef(path=path, digest=digest)
+    columns = {"view": views, "row": rows, "pixels": [view.cpu().numpy().tobytes() for view in pixels]}
+    return write_table(root, "references", columns)
 
 
 def measure(cache: Cache) -> Difference:

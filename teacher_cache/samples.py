@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,18 +76,22 @@ def with_receipts(samples: Samples, manifest: Manifest, receipts: Sequence[Recei
 
 
 def write_samples(root: Path, samples: Samples) -> TableRef:
-    """Writes the table under a name made of its digest, so that an older manifest keeps its own."""
-    data = table_bytes(
-        {
-            "key": samples.keys,
-            "label": [None] * len(samples.keys) if samples.labels is None else samples.labels,
-            "size": samples.sizes,
-            "content": samples.content,
-            "tombstone": samples.reasons,
-        }
-    )
+    """Writes the sample table."""
+    columns = {
+        "key": samples.keys,
+        "label": [None] * len(samples.keys) if samples.labels is None else samples.labels,
+        "size": samples.sizes,
+        "content": samples.content,
+        "tombstone": samples.reasons,
+    }
+    return write_table(root, "samples", columns)
+
+
+def write_table(root: Path, stem: str, columns: Mapping[str, Any]) -> TableRef:
+    """Writes a table under a name made of its digest, so that an older manifest keeps its own."""
+    data = table_bytes(columns)
     digest = bytes_digest(data)
-    path = f"samples-{digest[:12]}.parquet"
+    path = f"{stem}-{digest[:12]}.parquet"
     write_atomic(root, path, data)
     return TableRef(path=path, digest=digest)
 

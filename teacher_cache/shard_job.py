@@ -26,6 +26,7 @@ from teacher_cache.plan import Opened, open_parts
 from teacher_cache.receipts import Receipt, receipt_path
 from teacher_cache.spec import BuildSpec
 from teacher_cache.storage import Store, open_store, write_atomic
+from teacher_cache.teachers import padded
 from teacher_cache.views import How, Views
 from teacher_cache.views.philox import view_words
 
@@ -200,9 +201,8 @@ class _Shard:
 
     def _ask(self, rows: list[int], pixels_BCHW: Tensor) -> dict[str, Tensor]:
         size = self.job.opened.spec.teacher.micro_batch
-        padding = pixels_BCHW.new_zeros((size - len(rows), *pixels_BCHW.shape[1:]))
         try:
-            outputs = self.job.opened.teacher(torch.cat([pixels_BCHW, padding]))
+            outputs = self.job.opened.teacher(padded(pixels_BCHW, size))
         except TeacherCacheError:
             raise
         except Exception as error:

@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from teacher_cache.encodings import SparseTarget, Target
+from teacher_cache.encodings import Target
 from teacher_cache.errors import CorruptionError, FormatError, TeacherCacheError
 from teacher_cache.manifest import MANIFEST
 from teacher_cache.plan import open_parts
@@ -201,6 +201,6 @@ def _recompute_view(cache: Cache, job: Job, view: int, sampled: list[int]) -> It
 
 def _plain(target: Target) -> torch.Tensor:
     """What two answers are compared by: values, or of a sample its weights."""
-    if isinstance(target, SparseTarget) and target.drawn_at is not None:
+    if target.drawn_at is not None:
         return target.log_probs(target.drawn_at)
     return target.dense().values.float()

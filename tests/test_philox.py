@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from strategies import PHILOX_ANSWERS
 
 from teacher_cache.fingerprint import key_digest, key_digests
 from teacher_cache.views import philox
@@ -16,14 +17,7 @@ from teacher_cache.views.philox import below, chance, philox4x32, unit, view_wor
 U64 = st.integers(0, 2**64 - 1)
 
 
-@pytest.mark.parametrize(
-    ("counter", "key", "answer"),
-    [
-        ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
-        ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff", "408f276d 41c83b0e a20bc7c6 6d5451fd"),
-        ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0", "d16cfe09 94fdcceb 5001e420 24126ea1"),
-    ],
-)
+@pytest.mark.parametrize(("counter", "key", "answer"), PHILOX_ANSWERS)
 def test_known_answers(counter: str, key: str, answer: str) -> None:
     """`kat_vectors` of the Random123 distribution, philox4x32 with 10 rounds."""
     words = np.array([[int(word, 16) for word in counter.split()]], np.uint32)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
+from strategies import PHILOX_ANSWERS
 
 from teacher_cache.views.philox import philox4x32
 from teacher_cache.views.philox_torch import philox4x32_torch
@@ -17,14 +18,7 @@ COUNTERS = st.lists(st.tuples(WORDS, WORDS, WORDS, WORDS), max_size=6)
 KEYS = st.tuples(WORDS, WORDS)
 
 
-@pytest.mark.parametrize(
-    ("counter", "key", "answer"),
-    [
-        ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
-        ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff", "408f276d 41c83b0e a20bc7c6 6d5451fd"),
-        ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0", "d16cfe09 94fdcceb 5001e420 24126ea1"),
-    ],
-)
+@pytest.mark.parametrize(("counter", "key", "answer"), PHILOX_ANSWERS)
 def test_known_answers(counter: str, key: str, answer: str) -> None:
     """`kat_vectors` of the Random123 distribution, philox4x32 with 10 rounds."""
     words = torch.tensor([[int(word, 16) for word in counter.split()]])

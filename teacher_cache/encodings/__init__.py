@@ -48,14 +48,11 @@ def open_encoding(spec: EncodingSpec, shape: tuple[int, ...], field: str) -> Enc
             return Dense(shape, "bfloat16")
         case DenseU8():
             return DenseU8Logits(shape[0], spec.step if spec.mode == "fixed" else None)
+        case TopK() | SampledK() if spec.k > shape[0]:
+            where, rule = f"teacher.fields.{field}.encoding.k", f"must be at most {shape[0]}, the classes"
+            raise SpecError(where, rule, spec.k, "Lower it, or use dense_f16.")
         case SampledK():
-            if spec.k > shape[0]:
-                where, rule = f"teacher.fields.{field}.encoding.k", f"must be at most {shape[0]}, the classes"
-                raise SpecError(where, rule, spec.k, "Lower it, or use dense_f16.")
             return SampledLogits(shape[0], spec.k, spec.temperature, spec.scheme)
         case TopK():
-            if spec.k > shape[0]:
-                where, rule = f"teacher.fields.{field}.encoding.k", f"must be at most {shape[0]}, the classes"
-                raise SpecError(where, rule, spec.k, "Lower it, or use dense_f16.")
             return TopKLogits(shape[0], spec.k)
     assert_never(spec)

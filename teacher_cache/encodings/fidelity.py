@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from teacher_cache.encodings.target import SparseTarget, Target
+from teacher_cache.encodings.target import Target
 
 TEMPERATURES = (1, 2, 4)
 
@@ -23,31 +23,38 @@ def measure_logits(exact_BC: Tensor, target: Target) -> dict[str, float]:
         `rows`; `kl_t1`, `kl_t2`, `kl_t4` (Σ KL(teacher ‖ decoded), in nats); `top1` (rows whose largest class
         is the same); `mass_error` (largest |Σ p − 1|). Of samples `total_variation` stands in the place of KL.
     """
-    if isinstance(target, SparseTarget) and target.drawn_at is not None:
+    if target.drawn_at is not None:
         return _measure_sample(exact_BC, target, target.drawn_at)
     found = {"rows": float(len(exact_BC))}
     for temperature in TEMPERATURES:
         exact_logp = torch.log_softmax(exact_BC.double() / temperature, dim=1)
         decoded_logp = target.log_probs(temperature).double()
-        p_BC = exact_logp.exp()
-        # 0 · log(0 / q) is 0, also where a class beyond half precision (a mask of −1e9) is decoded to −inf.
-        kl_BC = torch.where(p_BC > 0, p_BC * (exact_logp - decoded_logp), 0.0)
-        found[f"kl_t{temperature}"] = float(kl_BC.sum())
-    probs_BC = target.log_probs(1).double().exp()
-    found["top1"] = float((probs_BC.argmax(1) == exact_BC.argmax(1)).sum())
-    found["mass_error"] = float((probs_BC.sum(1) - 1).abs().max())
-    return found
+        found[f"kl_t{temperature}"] = float(kl_terms(exact_logp, decoded_logp).sum())
+    return {**found, **_agreement(exact_BC, target.log_probs(1).double().exp())}
 
 
-def _measure_sample(exact_BC: Tensor, target: SparseTarget, temperature: float) -> dict[str, float]:
+def kl_terms(exact_logp_BC: Tensor, decoded_logp_BC: Tensor) -> Tensor:
+    """What each class adds to KL(teacher ‖ decoded), [B, C], from log-probabilities."""
+    p_BC = exact_logp_BC.exp()
+    # 0 · log(0 / q) is 0, also where a class beyond half precision (a mask of −1e9) is decoded to −inf.
+    return torch.where(p_BC > 0, p_BC * (exact_logp_BC - decoded_logp_BC), 0.0)
+
+
+def _agreement(exact_BC: Tensor, probs_BC: Tensor) -> dict[str, float]:
+    return {
+        "top1": float((probs_BC.argmax(1) == exact_BC.argmax(1)).sum()),
+        "mass_error": float((probs_BC.sum(1) - 1).abs().max()),
+    }
+
+
+def _measure_sample(exact_BC: Tensor, target: Target, temperature: float) -> dict[str, float]:
     """A sample's KL is infinite, as most classes have no weight: its distance is what can be said of one draw."""
     exact_p_BC = torch.softmax(exact_BC.double() / temperature, dim=1)
     probs_BC = target.log_probs(temperature).double().exp()
     return {
         "rows": float(len(exact_BC)),
         "total_variation": float((probs_BC - exact_p_BC).abs().sum() / 2),
-        "top1": float((probs_BC.argmax(1) == exact_BC.argmax(1)).sum()),
-        "mass_error": float((probs_BC.sum(1) - 1).abs().max()),
+        **_agreement(exact_BC, probs_BC),
     }
 
 

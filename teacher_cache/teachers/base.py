@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import torch
 from torch import Tensor
+
+
+def padded(views_BCHW: Tensor, micro_batch: int) -> Tensor:
+    """Views filled up with black ones to a whole micro-batch: a teacher's last bit may depend on the batch's size."""
+    filling = views_BCHW.new_zeros((micro_batch - len(views_BCHW), *views_BCHW.shape[1:]))
+    return torch.cat([views_BCHW, filling])
 
 
 class Teacher(Protocol):

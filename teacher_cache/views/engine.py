@@ -18,10 +18,9 @@ from teacher_cache.views.drawing import Drawn, image_sizes
 from teacher_cache.views.operations import Images, Params, Sizes
 from teacher_cache.views.parse import parse_recipe
 from teacher_cache.views.partners import Pool
-from teacher_cache.views.rendering import How, Mixed
+from teacher_cache.views.rendering import FASTEST, How, Mixed
 from teacher_cache.views.seeded_global import SeededGlobal
 
-_FAST = How()
 _REFUSALS = (ValueError, RuntimeError, IndexError, TypeError)
 """What torchvision's kernels raise over an image that they cannot take."""
 
@@ -57,7 +56,7 @@ class Recipe(Protocol):
     def partners(self, params_BP: Params) -> NDArray[np.uint64] | None: ...
     def draw(self, digests_B: NDArray[np.uint64], sizes_B2: Sizes, view: int, pool: Pool | None = None) -> Drawn: ...
     def render(
-        self, images: Images, params_BP: Params, partners: Images = (), how: How = _FAST
+        self, images: Images, params_BP: Params, partners: Images = (), how: How = FASTEST
     ) -> tuple[Images, Mixed | None]: ...
 
 
@@ -93,7 +92,7 @@ def render_views(
     digests_B: NDArray[np.uint64],
     view: int,
     pool: Pool | None = None,
-    how: How = _FAST,
+    how: How = FASTEST,
 ) -> Views:
     """Draws and renders one view of each image.
 
@@ -116,7 +115,7 @@ def render_views(
 
 
 def render_again(
-    recipe: Recipe, images: Sequence[Tensor], params_BP: Params, pool: Pool | None = None, how: How = _FAST
+    recipe: Recipe, images: Sequence[Tensor], params_BP: Params, pool: Pool | None = None, how: How = FASTEST
 ) -> Views:
     """Renders views from stored parameters, without drawing anything.
 

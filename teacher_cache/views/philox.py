@@ -104,9 +104,7 @@ def view_words(digests_B: NDArray[np.uint64], view: int, operation: int, blocks:
         uint32 [B, 4 · blocks].
     """
     _require_address(view, operation, blocks, seed)
-    counter = _counters(digests_B, view, operation, 0, blocks)
-    key = (seed & 0xFFFFFFFF, seed >> 32)
-    return philox4x32(counter.reshape(-1, 4), key).reshape(len(digests_B), 4 * blocks)
+    return Words(digests_B, view, operation, seed).blocks(0, blocks).reshape(len(digests_B), 4 * blocks)
 
 
 def first_blocks(

@@ -15,10 +15,9 @@ from teacher_cache.spec import NormalizeSpec
 from teacher_cache.views.drawing import Drawn, draw
 from teacher_cache.views.operations import OPERATIONS, Images, Mix, Operation, Params, Sizes
 from teacher_cache.views.partners import Pool
-from teacher_cache.views.rendering import How, Mixed, render
+from teacher_cache.views.rendering import FASTEST, How, Mixed, render
 
 RECIPE_VERSION = 1
-HOW = How()
 
 
 class Columns(NamedTuple):
@@ -149,7 +148,7 @@ class Recipe:
         return draw(self, digests_B, sizes_B2, view, pool)
 
     def render(
-        self, images: Images, params_BP: Params, partners: Images = (), how: How = HOW
+        self, images: Images, params_BP: Params, partners: Images = (), how: How = FASTEST
     ) -> tuple[Images, Mixed | None]:
         """Decoded images and their parameters to uint8 views: see `rendering.render`."""
         return render(self, images, params_BP, partners, how)

@@ -39,6 +39,10 @@ class How(NamedTuple):
     """False works image by image wherever that is possible."""
 
 
+FASTEST = How()
+"""What is used where nothing is asked for."""
+
+
 def render(
     recipe: Recipe, images: Images, params_BP: Params, partners: Images, how: How
 ) -> tuple[Images, Mixed | None]:

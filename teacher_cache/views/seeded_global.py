@@ -25,9 +25,7 @@ from teacher_cache.views.drawing import Drawn
 from teacher_cache.views.operations import Images, Params, Sizes
 from teacher_cache.views.partners import Pool
 from teacher_cache.views.philox import Words
-from teacher_cache.views.rendering import How
-
-_ANYHOW = How()
+from teacher_cache.views.rendering import FASTEST, How
 
 
 def _load(reference: str) -> Callable[[Tensor], Tensor]:
@@ -95,7 +93,7 @@ class SeededGlobal:
         return Drawn(np.ascontiguousarray(words[:, :1]).view(np.int32), [])
 
     def render(
-        self, images: Images, params_BP: Params, partners: Images = (), how: How = _ANYHOW
+        self, images: Images, params_BP: Params, partners: Images = (), how: How = FASTEST
     ) -> tuple[Images, None]:
         """Calls the user's callable on each image, always where the images are: it knows no batch and no device."""
         seeds = params_BP[:, 0].tolist()

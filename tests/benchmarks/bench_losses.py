@@ -8,20 +8,17 @@ median over the rounds, a ratio the median of the rounds' ratios. The dense loss
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
 import statistics
 from collections.abc import Callable
+from functools import partial
 
 import torch
-from bench_views import Rows, in_turns, ratio
+from bench_views import Rows, in_turns, ratio, run
 from torch import Tensor
 from torch.nn import functional
 
 from student_train.losses import soft_target_loss
 from teacher_cache.encodings import DenseTarget, TopKLogits
-from teacher_cache.manifest import library_versions
 
 SHAPES = ((64, 1_000), (32, 32_000), (8, 128_000))
 """Rows and classes: ImageNet, and the vocabularies of two language models."""
@@ -34,7 +31,7 @@ def step(logits_BC: Tensor, loss_of: Callable[[Tensor], Tensor]) -> Callable[[],
     return lambda: torch.autograd.grad(loss_of(logits_BC), logits_BC)
 
 
-def compare(rounds: int, rows: int, classes: int, logits_type: torch.dtype) -> Rows:
+def compare(rows: int, classes: int, logits_type: torch.dtype, rounds: int) -> Rows:
     """One shape: milliseconds of the three, and the sparse loss as a share of the others."""
     generator = torch.Generator().manual_seed(0)
     teacher = 3 * torch.randn(rows, classes, generator=generator)
@@ -57,24 +54,6 @@ def compare(rounds: int, rows: int, classes: int, logits_type: torch.dtype) -> R
     }
 
 
-def main() -> None:
-    """Runs every shape on one thread and prints a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--rounds", type=int, default=15)
-    asked = parser.parse_args()
-    torch.set_num_threads(1)
-    found: Rows = {"machine": platform.processor() or platform.machine(), **library_versions(), "threads": "1"}
-    for rows, classes in SHAPES:
-        for logits_type in (torch.float32, torch.bfloat16):
-            found |= compare(asked.rounds, rows, classes, logits_type)
-    if asked.json:
-        print(json.dumps(found, indent=2, ensure_ascii=False))
-        return
-    width = max(map(len, found))
-    for name, value in found.items():
-        print(f"{name:<{width}}  {value}")
-
-
 if __name__ == "__main__":
-    main()
+    types = (torch.float32, torch.bfloat16)
+    run((partial(compare, rows, classes, kind) for rows, classes in SHAPES for kind in types), __doc__)

@@ -15,7 +15,7 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -266,15 +266,15 @@ def check(rounds: int, rows: int = 1024) -> Rows:
     }
 
 
-def main() -> None:
-    """Runs everything on one thread and prints a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def run(parts: Iterable[Callable[[int], Rows]], described: str | None) -> None:
+    """The command of a benchmark: every part on one thread, then a table, or one JSON document."""
+    parser = argparse.ArgumentParser(description=described, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--rounds", type=int, default=15)
     asked = parser.parse_args()
     torch.set_num_threads(1)
     found: Rows = {"machine": platform.processor() or platform.machine(), **library_versions(), "threads": "1"}
-    for part in (parameters, cifar, imagenet, integer_kernel, one_decoding, digest, check):
+    for part in parts:
         found |= part(asked.rounds)
     if asked.json:
         print(json.dumps(found, indent=2, ensure_ascii=False))
@@ -285,4 +285,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run((parameters, cifar, imagenet, integer_kernel, one_decoding, digest, check), __doc__)

@@ -1,4 +1,4 @@
-"""rand_augment and trivial_augment_wide: random steps out of one table of fourteen operations."""
+"""rand_augment and trivial_augment: random steps out of one table of fourteen operations."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as pixels
 
-from teacher_cache.views.operations.base import Operation, Params, Sizes, is_number, require, require_channels
+from teacher_cache.views.operations.base import Operation, Params, Sizes, is_number, is_whole, require, require_channels
 from teacher_cache.views.philox import Words, below, chance, fixed_point, number
 
 Fill = float | tuple[float, ...] | None
@@ -80,10 +80,10 @@ class RandAugment(Operation):
 
     def __post_init__(self) -> None:
         _require_common(self.num_magnitude_bins, self.interpolation, self.fill)
-        require(_is_whole(self.num_ops, 0, _MOST - 1), "num_ops", f"must be an integer in 0..{_MOST - 1}", self.num_ops)
+        require(is_whole(self.num_ops, 0, _MOST - 1), "num_ops", f"must be an integer in 0..{_MOST - 1}", self.num_ops)
         last = self.num_magnitude_bins - 1
         rule = f"must be an integer in 0..{last} (num_magnitude_bins - 1)"
-        require(_is_whole(self.magnitude, 0, last), "magnitude", rule, self.magnitude)
+        require(is_whole(self.magnitude, 0, last), "magnitude", rule, self.magnitude)
 
     @property
     def blocks(self) -> int:
@@ -172,13 +172,9 @@ def _apply(image_CHW: Tensor, params: tuple[int, ...], interpolation: str, fill:
 
 
 def _require_common(bins: int, interpolation: str, fill: Fill) -> None:
-    require(_is_whole(bins, 2, _MOST), "num_magnitude_bins", f"must be an integer in 2..{_MOST}", bins)
+    require(is_whole(bins, 2, _MOST), "num_magnitude_bins", f"must be an integer in 2..{_MOST}", bins)
     modes = ("nearest", "bilinear")
     require(interpolation in modes, "interpolation", f"is one of {modes} (tensors can do no other here)", interpolation)
     levels = fill if isinstance(fill, tuple) else (0 if fill is None else fill,)
     legal = len(levels) > 0 and all(is_number(level) and 0 <= level <= 255 for level in levels)
     require(legal, "fill", "must be None, a number in 0..255 or a tuple of one for each channel", fill)
-
-
-def _is_whole(value: object, low: int, high: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from teacher_cache.views.philox import Words
+from teacher_cache.views.philox import Words, unit
 
 Params = NDArray[np.int32]
 Sizes = NDArray[np.int64]
@@ -126,9 +126,18 @@ def require_channels(operation: Operation, image_CHW: Tensor) -> None:
 def pair(name: str, size: int | tuple[int, int]) -> tuple[int, int]:
     """A size as (height, width), checked."""
     both = size if isinstance(size, tuple) else (size, size)
-    whole = len(both) == 2 and all(isinstance(edge, int) and not isinstance(edge, bool) and edge > 0 for edge in both)
+    whole = len(both) == 2 and all(is_whole(edge, 1) for edge in both)
     require(whole, name, "must be a positive integer or (height, width)", size)
     return both[0], both[1]
+
+
+def area_and_aspect(
+    words_B4: NDArray[np.uint32], sizes_B2: Sizes, scale: tuple[float, float], ratio: tuple[float, float]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """A random box as torchvision draws it: an even share of the image's area, a log-even aspect, [B] each."""
+    area_B = sizes_B2[:, 0] * sizes_B2[:, 1] * (scale[0] + unit(words_B4[:, 0]) * (scale[1] - scale[0]))
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    return area_B, np.exp(low + unit(words_B4[:, 1]) * (high - low))
 
 
 def scaled_edges(values_BP: Params, before: int, after: int) -> NDArray[np.int64]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,9 +11,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torchvision.transforms.v2 import functional as pixels
 
-from teacher_cache.views.operations.base import Operation, Params, Sizes, is_number, require, require_span, scaled_edges
+from teacher_cache.views.operations.base import (
+    Operation,
+    Params,
+    Sizes,
+    area_and_aspect,
+    is_number,
+    is_whole,
+    require,
+    require_span,
+    scaled_edges,
+)
 from teacher_cache.views.operations.mix import in_boxes
-from teacher_cache.views.philox import Words, below, chance, unit
+from teacher_cache.views.philox import Words, below, chance
 
 _TRIES = 10
 _WIDEST = 10_000.0
@@ -59,7 +68,7 @@ class RandomErasing(Operation):
         require(str(self.value) != "random", "value", rule, self.value)
         levels = self.value if isinstance(self.value, tuple) else (self.value,)
         rule = "must be an integer in 0..255 or a tuple of one for each channel"
-        require(len(levels) > 0 and all(map(_is_level, levels)), "value", rule, self.value)
+        require(len(levels) > 0 and all(is_whole(level, 0, 255) for level in levels), "value", rule, self.value)
 
     @property
     def params(self) -> tuple[str, ...]:
@@ -82,11 +91,7 @@ class RandomErasing(Operation):
 
     def _try(self, words_B4: NDArray[np.uint32], sizes_B2: Sizes) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
         """Which samples' boxes fit, and the boxes (top, left, height, width) [B, 4], zeros where empty."""
-        area = (
-            sizes_B2[:, 0] * sizes_B2[:, 1] * (self.scale[0] + unit(words_B4[:, 0]) * (self.scale[1] - self.scale[0]))
-        )
-        low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
-        aspect = np.exp(low + unit(words_B4[:, 1]) * (high - low))
+        area, aspect = area_and_aspect(words_B4, sizes_B2, self.scale, self.ratio)
         box = np.stack([np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))], axis=1).astype(np.int64)
         found = np.all(box < sizes_B2, axis=1)
         room = np.where(found[:, None], sizes_B2 - box, 0)
@@ -139,7 +144,3 @@ def masked(images_BCHW: Tensor, boxes_B4: Params, value_C11: Tensor) -> Tensor:
     corners_B4 = np.stack([left, top, left + width, top + height], axis=1)
     size = (images_BCHW.shape[2], images_BCHW.shape[3])
     return torch.where(in_boxes(corners_B4, size, images_BCHW.device)[:, None], value_C11, images_BCHW)
-
-
-def _is_level(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 255

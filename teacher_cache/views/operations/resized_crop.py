@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
@@ -16,6 +15,7 @@ from teacher_cache.views.operations.base import (
     Operation,
     Params,
     Sizes,
+    area_and_aspect,
     pair,
     require,
     require_flag,
@@ -23,7 +23,7 @@ from teacher_cache.views.operations.base import (
     require_span,
 )
 from teacher_cache.views.operations.integer_resize import crop_resize
-from teacher_cache.views.philox import Words, below, unit
+from teacher_cache.views.philox import Words, below
 
 _KERNELS = ("torchvision", "integer")
 
@@ -82,11 +82,7 @@ class RandomResizedCrop(Operation):
 
     def _try(self, words_B4: NDArray[np.uint32], sizes_B2: Sizes) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
         """Which samples' boxes fit, and the boxes (top, left, height, width) [B, 4]."""
-        area = (
-            sizes_B2[:, 0] * sizes_B2[:, 1] * (self.scale[0] + unit(words_B4[:, 0]) * (self.scale[1] - self.scale[0]))
-        )
-        low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
-        aspect = np.exp(low + unit(words_B4[:, 1]) * (high - low))
+        area, aspect = area_and_aspect(words_B4, sizes_B2, self.scale, self.ratio)
         box = np.stack([np.rint(np.sqrt(area / aspect)), np.rint(np.sqrt(area * aspect))], axis=1).astype(np.int64)
         fits: NDArray[np.bool_] = (box > 0) & (box <= sizes_B2)
         found = np.logical_and(fits[:, 0], fits[:, 1])
