@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test test-all check clean
+.PHONY: demo test test-all crash check clean
 .DEFAULT_GOAL := test
 
 $(VENV)/.installed-demo: pyproject.toml constraints.txt
@@ -27,6 +27,10 @@ test: $(VENV)/.installed-test
 
 test-all: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m 'slow or not slow'
+
+# Builds killed with SIGKILL: at least 200 times at random moments, and before every change of the file system.
+crash: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m 'slow or not slow' -s tests/test_crash.py
 
 check: $(VENV)/.installed-check
 	$(BIN)/ruff check .

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from services.schemas import OUTPUTS, FieldCard, InputCard, LimitsCard, NumericsCard, TeacherCard
 from services.settings import Settings
-from teacher_cache.plan import draft, open_parts
+from teacher_cache.errors import TeacherError
+from teacher_cache.plan import first_views, open_parts, probe
 from teacher_cache.spec import BuildSpec, NormalizeSpec
 from teacher_cache.teachers import Teacher, resolve_device
 
@@ -79,14 +80,20 @@ def open_served(spec: BuildSpec) -> ServedTeacher:
         RequestError: the source, the recipe or the teacher cannot be opened, or they do not fit.
     """
     opened = open_parts(spec)
-    planned = draft(opened)
+    _, views = first_views(opened)
+    _, channels, height, width = views.pixels_BCHW.shape
+    shape = (channels, height, width)
+    shapes = probe(opened, shape)
+    if len(shapes.get("logits", (1,))) != 1:
+        rule = "must be [batch, classes] to be served"
+        raise TeacherError("teacher.fields.logits", rule, shapes["logits"], "Serve another teacher.")
     return ServedTeacher(
         name=spec.teacher.name,
         teacher=opened.teacher,
-        view_shape=planned.view_shape,
+        view_shape=shape,
         micro_batch=spec.teacher.micro_batch,
-        class_names=spec.teacher.class_names or planned.class_names,
-        field_shapes=planned.field_shapes,
+        class_names=spec.teacher.class_names or opened.source.class_names,
+        field_shapes=dict(sorted(shapes.items())),
         pools={name: field.pool for name, field in spec.teacher.fields.items()},
         normalize=spec.teacher.normalize or opened.recipe.normalize,
         precision=spec.teacher.precision,

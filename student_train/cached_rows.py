@@ -33,7 +33,7 @@ class _Cached:
         manifest = self.cache.manifest
         if manifest.class_names:
             return len(manifest.class_names)
-        return manifest.field_shapes["logits"][0] if "logits" in manifest.field_shapes else None
+        return manifest.field_shapes["logits"][-1] if "logits" in manifest.field_shapes else None
 
     def decode(self, rows: NDArray[np.int64]) -> Decoded:
         """Decodes, and raises `MismatchError` where a sample's bytes have changed since the teacher saw it."""

@@ -64,6 +64,7 @@ class DataSpec(Strict):
 
     cache: str | None = None
     source: SourceSpec | None = Field(default=None, description="with `cache`: where the data set is now")
+    maps: str | None = Field(default=None, description="a folder in which a Parquet cache's shards are kept decoded")
     views: ViewSpec | None = Field(default=None, description="with `cache`: the student's own, not the teacher's")
     size: int | tuple[int, int] | None = Field(default=None, description="the student's own input size")
     tolerance: Tolerance = Field(default="exact", description="`rounding`: views may be one level of 255 away")
@@ -74,6 +75,8 @@ class DataSpec(Strict):
             raise ValueError("give either `cache`, or `source` and `views`")
         if (self.cache is None or self.views is not None) and (self.size is not None or self.tolerance != "exact"):
             raise ValueError("`size` and `tolerance` are for the views that the teacher saw: leave out `views`")
+        if self.maps is not None and self.cache is None:
+            raise ValueError("`maps` is for a cache")
         if self.size is not None and min(self.size if isinstance(self.size, tuple) else (self.size,)) < 1:
             raise ValueError("`size` must be above 0")
         return self

@@ -18,6 +18,7 @@ from teacher_cache.encodings import DenseTarget, SparseTarget, Target
 from teacher_cache.errors import CacheError, TeacherCacheError
 from teacher_cache.reader import Cache
 from teacher_cache.reader import open_cache as open
+from teacher_cache.repair import RepairReport, repair
 from teacher_cache.spec import BuildSpec, load_spec
 from teacher_cache.verify import VerifyReport, verify
 
@@ -27,6 +28,7 @@ __all__ = [
     "Cache",
     "CacheError",
     "DenseTarget",
+    "RepairReport",
     "SparseTarget",
     "Target",
     "TeacherCacheError",
@@ -34,5 +36,6 @@ __all__ = [
     "build",
     "load_spec",
     "open",
+    "repair",
     "verify",
 ]

@@ -1,26 +1,36 @@
-"""`build`: begin or go on, run what is missing, seal."""
+"""`build`: begin or go on, run what is missing, seal; alone, or sharing the work with other builders."""
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Generator
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 
-from teacher_cache import samples as sample_table
-from teacher_cache.encodings import fidelity
-from teacher_cache.errors import BuildError, SpecError
-from teacher_cache.manifest import Manifest, write_manifest
-from teacher_cache.plan import Opened, begin, open_parts, worker_count
-from teacher_cache.receipts import Receipt, add_up, read_receipts
+from teacher_cache.begin import Beginning, begin, found_manifest, prepare
+from teacher_cache.build_report import BuildReport, report_of
+from teacher_cache.builder import Builder
+from teacher_cache.claims import Claims
+from teacher_cache.errors import BuildError, CorruptionError, SpecError
+from teacher_cache.lease import LEAD, Lease, at_work
+from teacher_cache.manifest import Manifest, read_manifest
+from teacher_cache.plan import Opened, open_parts, worker_count
+from teacher_cache.poison import committed, known_poison
+from teacher_cache.receipts import Receipt, read_receipts
+from teacher_cache.seal import clear_superseded, require_fidelity, seal
 from teacher_cache.shard_job import Work, open_job, run_work
 from teacher_cache.spec import BuildSpec
 from teacher_cache.storage import remove_temporary
+from teacher_cache.storage.files import file_errors
 
+__all__ = ["BuildReport", "Executor", "Progress", "build"]
+
+_POLL = 0.5
+"""Seconds between two looks at what other builders have done."""
 _MOST_HELD = 2**30
 """Bytes of finished rows that a worker may hold because several views are made from one decoding."""
 
@@ -29,34 +39,9 @@ Progress = Callable[[int, int, int], None]
 """Called after each shard with (rows done, rows in all, rows that this run has computed)."""
 
 
-@dataclass(frozen=True)
-class BuildReport:
-    """What a build did and what the cache now holds."""
-
-    path: str
-    rows: int
-    views: int
-    shards_total: int
-    shards_built: int
-    """In this run; the others were committed before."""
-    rows_built: int
-    seconds: float
-    """Of this run's shards, without opening the source and the teacher."""
-    bytes: int
-    teacher_accuracy: float | None
-    """Share of labelled rows, over all views, whose largest logit is the label."""
-    tombstones: tuple[tuple[str, str], ...]
-    """(key, reason) of samples that could not be decoded."""
-    fidelity: dict[str, dict[str, float]]
-    warnings: tuple[str, ...]
-
-    @property
-    def rows_per_second(self) -> float:
-        """Views rendered, answered and committed in a second."""
-        return self.rows_built / self.seconds if self.seconds else 0.0
-
-
-def build(spec: BuildSpec, executor: Executor = "ray", progress: Progress | None = None) -> BuildReport:
+def build(
+    spec: BuildSpec, executor: Executor = "ray", progress: Progress | None = None, join: bool = False
+) -> BuildReport:
     """Runs the teacher over every view that the cache does not hold yet, and seals the cache.
 
     Killed at any moment, the same call goes on; a sealed cache is left as it is.
@@ -65,11 +50,13 @@ def build(spec: BuildSpec, executor: Executor = "ray", progress: Progress | None
         spec: what to build, and where.
         executor: `ray` for one worker on each device, `serial` for a plain loop; both write the same bytes.
         progress: told after each shard.
+        join: share the work where others build the same cache; without it that is an error.
 
     Raises:
         RequestError: the spec names something impossible; nothing was written.
         MismatchError: the folder holds a cache of something else.
-        WorkError: a shard could not be made; what was committed stays.
+        WorkError: a shard could not be made, another process builds this cache, or the disk is full or gone; what
+            was committed stays.
     """
     if executor not in ("ray", "serial"):
         raise SpecError("executor", "must be ray or serial", executor, "Choose one of them.")
@@ -78,21 +65,79 @@ def build(spec: BuildSpec, executor: Executor = "ray", progress: Progress | None
     # The number of threads can change the last bit of a logit: it is part of the identity and set everywhere.
     torch.set_num_threads(spec.compute.threads)
     try:
-        opened = open_parts(spec)
-        manifest = begin(root, opened)
-        if manifest.state == "sealed":
-            _clear_superseded(root, manifest)
-            _Counter(progress, manifest, manifest.rows * manifest.views)
-            return _report(root, manifest, 0, 0, 0.0)
-        missing, done = _missing(root, manifest, _together(spec, manifest, executor))
-        started = time.perf_counter()
-        built = _run(root, opened, manifest, missing, executor, _Counter(progress, manifest, done))
-        seconds = time.perf_counter() - started
+        with file_errors(root):
+            opened = open_parts(spec)
+            beginning = prepare(root, opened)
+            if beginning.found is None or beginning.found.state == "building":
+                with Lease(root, join) as lease:
+                    return _build(root, opened, beginning, lease, executor, progress)
+            remove_temporary(root)
+            clear_superseded(root, beginning.found)
+            rows = beginning.found.rows * beginning.found.views
+            _Counter(progress, beginning.found).at(rows)
+            return report_of(root, beginning.found, 0, 0, 0.0)
     finally:
         torch.set_num_threads(threads)
-    _require_fidelity(spec, manifest, root)
-    sealed = seal(root, manifest)
-    return _report(root, sealed, sum(len(work.views) for work in missing), built, seconds)
+
+
+def _build(
+    root: Path, opened: Opened, beginning: Beginning, lease: Lease, executor: Executor, progress: Progress | None
+) -> BuildReport:
+    manifest = _enlist(root, opened, beginning, lease)
+    counter = _Counter(progress, manifest)
+    seconds = 0.0
+    if manifest.state == "building":
+        claims = Claims(root, manifest, lease)
+        claims.tidy()
+        together = _together(opened.spec, manifest, executor)
+        started = time.perf_counter()
+        while missing := _missing(root, manifest, together, counter):
+            if not _run(root, opened, manifest, missing, executor, counter, claims):
+                time.sleep(_POLL)
+        seconds = time.perf_counter() - started
+        manifest = _finish(root, opened.spec, manifest, lease, claims)
+    return report_of(root, manifest, counter.shards, counter.built, seconds)
+
+
+def _enlist(root: Path, opened: Opened, beginning: Beginning, lease: Lease) -> Manifest:
+    """Becomes the one that leads the build, or one of those that share it; the cache is then begun."""
+    while True:
+        leader = lease.claim(LEAD)
+        if not lease.me.joined:
+            _require_alone(root, lease, leader)
+        # Whoever led before may have begun or sealed it since we looked.
+        if found_manifest(root) != beginning.found:
+            beginning = prepare(root, opened)
+        if leader is None:
+            return begin(root, opened, beginning)
+        if beginning.found is not None:
+            return beginning.found
+        time.sleep(_POLL)
+
+
+def _require_alone(root: Path, lease: Lease, leader: Builder | None) -> None:
+    others = [one for one in at_work(root) if one.joined and one.id != lease.me.id]
+    other = leader or (others[0] if others else None)
+    if other is not None:
+        hint = (
+            "Wait until it is done, or share the work: the same command with --join. If it is gone, the same command "
+            "takes over when its lease has run out."
+        )
+        raise BuildError(str(root), "is being built by another process", other, hint)
+
+
+def _finish(root: Path, spec: BuildSpec, manifest: Manifest, lease: Lease, claims: Claims) -> Manifest:
+    """Seals what is complete, or waits until whoever leads has done so."""
+    while True:
+        leader = lease.claim(LEAD)
+        now = read_manifest(root)
+        if now.state == "sealed":
+            return now
+        if leader is None:
+            require_fidelity(spec, manifest, root)
+            claims.tidy()
+            return seal(root, manifest)
+        time.sleep(_POLL)
 
 
 def _together(spec: BuildSpec, manifest: Manifest, executor: Executor) -> int:
@@ -108,17 +153,28 @@ def _together(spec: BuildSpec, manifest: Manifest, executor: Executor) -> int:
     return together
 
 
-def _missing(root: Path, manifest: Manifest, together: int) -> tuple[list[Work], int]:
-    """What is left to do, `together` views of the same rows at a time, and how many rows are done."""
-    committed = {(receipt.view, receipt.shard) for receipt in read_receipts(root, manifest)}
+def _missing(root: Path, manifest: Manifest, together: int, counter: _Counter) -> list[Work]:
+    """What is left to do, `together` views of the same rows at a time; tells how many rows are done."""
+    try:
+        receipts = read_receipts(root, manifest)
+    except CorruptionError:
+        # Another builder may be sealing: its receipts go while we read them.
+        if read_manifest(root).state == "building":
+            raise
+        return []
+    poison = known_poison(receipts)
+    done = committed(receipts, poison)
     missing = []
     for first in range(0, manifest.views, together):
         for shard in range(manifest.grid.shards):
             views = range(first, min(first + together, manifest.views))
-            left = tuple(view for view in views if (view, shard) not in committed)
+            left = tuple(view for view in views if (view, shard) not in done)
             if left:
-                missing.append(Work(left, shard))
-    return missing, sum(_rows(manifest, shard) for _, shard in committed)
+                missing.append(Work(left, shard, poison.get(shard, ())))
+    if missing and read_manifest(root).state == "sealed":
+        return []
+    counter.at(sum(_rows(manifest, shard) for _, shard in done))
+    return missing
 
 
 def _rows(manifest: Manifest, shard: int) -> int:
@@ -129,14 +185,20 @@ def _rows(manifest: Manifest, shard: int) -> int:
 class _Counter:
     """Adds up rows as receipts come in, and tells whoever shows the progress."""
 
-    def __init__(self, progress: Progress | None, manifest: Manifest, done: int) -> None:
+    def __init__(self, progress: Progress | None, manifest: Manifest) -> None:
         self.progress, self.total = progress, manifest.rows * manifest.views
-        self.done, self.built = done, 0
-        self._tell()
+        self.done, self.built, self.shards = -1, 0, 0
+
+    def at(self, done: int) -> None:
+        """So many rows are committed, by whomever."""
+        if done != self.done:
+            self.done = done
+            self._tell()
 
     def add(self, rows: int) -> None:
         self.done += rows
         self.built += rows
+        self.shards += 1
         self._tell()
 
     def _tell(self) -> None:
@@ -151,120 +213,40 @@ def _run(
     missing: list[Work],
     executor: Executor,
     counter: _Counter,
-) -> int:
+    claims: Claims,
+) -> bool:
+    """Makes what of this work is not another builder's; False if that was nothing."""
+    before = counter.shards
     try:
-        with closing(_receipts(root, opened, manifest, missing, executor)) as receipts:
+        with closing(_receipts(root, opened, manifest, missing, executor, claims)) as receipts:
             for receipt in receipts:
+                claims.committed(receipt)
                 counter.add(_rows(manifest, receipt.shard))
-    except BaseException:
-        # Closing has stopped the workers, also after Ctrl-C: what they had half written goes too.
-        remove_temporary(root)
+    except BaseException as error:
+        # Closing has stopped the workers, also after Ctrl-C: what they had half written goes too, if the disk lets us.
+        with contextlib.suppress(OSError):
+            claims.tidy()
+        if isinstance(error, OSError | BuildError):
+            claims.require()
         raise
-    return counter.built
+    return counter.shards > before
 
 
 def _receipts(
-    root: Path, opened: Opened, manifest: Manifest, missing: list[Work], executor: Executor
+    root: Path, opened: Opened, manifest: Manifest, missing: list[Work], executor: Executor, claims: Claims
 ) -> Generator[Receipt, None, None]:
-    if not missing:
+    waiting = iter(missing)
+    first = next(filter(None, map(claims.take, waiting)), None)
+    if first is None:
         return
+    works = [first, *waiting]
     if executor == "serial":
-        job = open_job(root, manifest, opened)
-        for work in missing:
-            yield from run_work(job, work)
+        job = open_job(root, manifest, opened, claims.hold)
+        for work in works:
+            taken = claims.take(work)
+            if taken is not None:
+                yield from run_work(job, taken)
     else:
         from teacher_cache.precompute import run_on_ray
 
-        yield from run_on_ray(root, manifest, opened.spec, missing)
-
-
-def _require_fidelity(spec: BuildSpec, manifest: Manifest, root: Path) -> None:
-    """Raises where the measured error of the logits is beyond what the configuration allows."""
-    bound = spec.fidelity.max_kl
-    if bound is None or "logits" not in manifest.fields:
-        return
-    found = add_up(manifest, read_receipts(root, manifest)).fidelity["logits"]
-    worst = max(fidelity.TEMPERATURES, key=lambda temperature: found.get(f"kl_t{temperature}", 0.0))
-    value = found.get(f"kl_t{worst}", 0.0)
-    if value > bound:
-        rule = f"mean KL(teacher ‖ decoded) at T = {worst} must be at most {bound:g}"
-        kept = manifest.encodings["logits"].name
-        hint = f"Keep more than {kept} does, in a new cache; or raise the bound: the same command then seals this one."
-        raise BuildError("fidelity.max_kl", f"logits: {rule}", f"{value:.3g} over {found['rows']:.0f} rows", hint)
-
-
-def seal(root: Path, manifest: Manifest) -> Manifest:
-    """Turns the receipts of a complete cache into one table, and the manifest into its root.
-
-    The order makes a kill harmless: tables under new names, then the manifest, then the receipts go.
-    """
-    receipts = read_receipts(root, manifest)
-    beginning = sample_table.read_samples(root, manifest.samples)
-    final = sample_table.with_receipts(beginning, manifest, receipts)
-    records = [(receipt, record) for receipt in receipts for record in receipt.files]
-    columns = {
-        "view": [receipt.view for receipt, _ in records],
-        "shard": [receipt.shard for receipt, _ in records],
-        "path": [record.path for _, record in records],
-        "size": [record.size for _, record in records],
-        "digest": [record.digest for _, record in records],
-    }
-    table = sample_table.write_table(root, "receipts", columns)
-    samples = sample_table.write_samples(root, final)
-    sealed = manifest.model_copy(
-        update={
-            "state": "sealed",
-            "samples": samples,
-            "receipts": table,
-            "totals": add_up(manifest, receipts),
-        }
-    )
-    write_manifest(root, sealed)
-    _clear_superseded(root, sealed)
-    return sealed
-
-
-def _clear_superseded(root: Path, manifest: Manifest) -> None:
-    """Removes what a sealed manifest has taken the place of; a kill in the middle is made good by the next call."""
-    kept = {manifest.samples.path, manifest.receipts.path if manifest.receipts else ""}
-    for path in [*root.glob("samples-*.parquet"), *root.glob("receipts-*.parquet")]:
-        if path.name not in kept:
-            path.unlink()
-    folder = root / "receipts"
-    if folder.is_dir():
-        for path in folder.glob("*.json"):
-            path.unlink()
-        folder.rmdir()
-
-
-def _report(root: Path, manifest: Manifest, shards: int, rows: int, seconds: float) -> BuildReport:
-    assert manifest.totals is not None, "a sealed manifest has totals"
-    totals = manifest.totals
-    table = sample_table.read_samples(root, manifest.samples)
-    accuracy = totals.correct / totals.labelled if totals.labelled else None
-    return BuildReport(
-        path=str(root),
-        rows=manifest.rows,
-        views=manifest.views,
-        shards_total=manifest.views * manifest.grid.shards,
-        shards_built=shards,
-        rows_built=rows,
-        seconds=seconds,
-        bytes=totals.bytes,
-        teacher_accuracy=accuracy,
-        tombstones=tuple((k, r) for k, r in zip(table.keys, table.reasons, strict=True) if r),
-        fidelity=totals.fidelity,
-        warnings=_warnings(manifest, accuracy),
-    )
-
-
-def _warnings(manifest: Manifest, accuracy: float | None) -> tuple[str, ...]:
-    if accuracy is None or "logits" not in manifest.field_shapes:
-        return ()
-    chance = 1 / manifest.field_shapes["logits"][0]
-    if accuracy >= chance + 0.1 * (1 - chance):
-        return ()
-    return (
-        f"The teacher's accuracy on the labels is {accuracy:.1%}, near chance ({chance:.1%}). "
-        "Check teacher.normalize (mean and std), the recipe's size, and the order of the classes.",
-    )
+        yield from run_on_ray(root, manifest, opened.spec, works, claims)

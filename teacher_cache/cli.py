@@ -1,4 +1,4 @@
-"""`teacher-cache`: plan, build, status, verify, describe, report, export."""
+"""`teacher-cache`: plan, build, status, verify, repair, describe, report, export."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import typer
 from teacher_cache import console
 from teacher_cache.encodings.calibration import Calibration
 from teacher_cache.errors import SpecError
+from teacher_cache.problem import Problem
 from teacher_cache.spec import SourceSpec, load_spec
 
 app = typer.Typer(
@@ -100,14 +101,17 @@ def build(
     executor: Annotated[
         Literal["ray", "serial"], typer.Option(help="ray or serial; both write the same bytes.")
     ] = "ray",
+    join: Annotated[
+        bool, typer.Option("--join", help="Share the work where other processes or hosts build the same cache.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Build the cache, or go on with it; committed shards are never computed again."""
     from teacher_cache.build import build as run_build
 
     spec = load_spec(config, set_ or ())
-    with console.progress_bar("build", "rows") as progress:
-        report = run_build(spec, executor, progress)
+    with console.stoppable(), console.progress_bar("build", "rows") as progress:
+        report = run_build(spec, executor, progress, join)
     for warning in report.warnings:
         console.warn(warning)
     if json:
@@ -144,10 +148,12 @@ def _show_tombstones(tombstones: tuple[tuple[str, str], ...], most: int = 20) ->
 
 @app.command()
 def status(path: CachePath, json: Json = False) -> None:
-    """Say how much of a cache is committed; exit code 1 while it is incomplete."""
+    """Say how much of a cache is committed and who builds it; exit code 1 while it is incomplete."""
+    from teacher_cache.lease import at_work
     from teacher_cache.reader import open_cache
 
     cache = open_cache(path)
+    builders = at_work(path)
     manifest = cache.manifest
     total = manifest.views * manifest.grid.shards
     facts = {
@@ -158,9 +164,9 @@ def status(path: CachePath, json: Json = False) -> None:
         "complete": cache.complete,
     }
     if json:
-        console.print_json(facts)
+        console.print_json({**facts, "builders": [vars(builder) for builder in builders]})
     else:
-        console.print_facts("status", facts)
+        console.print_facts("status", {**facts, "being built by": "\n".join(map(str, builders)) or "nobody"})
     if not cache.complete:
         raise typer.Exit(1)
 
@@ -197,12 +203,48 @@ def verify(
         }
         console.print_facts("verify: sound" if report.ok else "verify: NOT SOUND", facts)
         if report.problems:
-            rows = [(problem.place, problem.what, problem.todo) for problem in report.problems]
-            console.print_rows("problems", ("where", "what", "what to do"), rows)
+            _show_problems(report.problems)
         for note in report.notes:
             console.out.print(note)
     if not report.ok:
         raise typer.Exit(1)
+
+
+@app.command()
+def repair(
+    path: CachePath,
+    source_from: SourceFrom = None,
+    remove_strays: Annotated[bool, typer.Option(help="Remove files that belong to nothing.")] = False,
+    json: Json = False,
+) -> None:
+    """Compute bad shards again, and write what comes out as it was committed; exit code 1 when anything is left."""
+    from teacher_cache.repair import repair as run_repair
+
+    with console.progress_bar("repair", "rows") as progress:
+        report = run_repair(path, _source(source_from), remove_strays, progress)
+    if json:
+        console.print_json({**vars(report), "ok": report.ok, "left": [vars(problem) for problem in report.left]})
+    else:
+        facts = {
+            "cache": report.path,
+            "files written": len(report.written),
+            "receipts taken away": len(report.uncommitted) or None,
+            "strays removed": len(report.removed) or None,
+            "rows computed": f"{report.rows:,} ({report.rows_per_second:,.0f} rows/s)" if report.rows else None,
+            "left": len(report.left),
+        }
+        console.print_facts("repair: sound" if report.ok else "repair: NOT SOUND", facts)
+        if report.uncommitted:
+            console.out.print("Their shards are no longer committed: teacher-cache build CONFIG makes them again.")
+        if report.left:
+            _show_problems(report.left)
+    if not report.ok:
+        raise typer.Exit(1)
+
+
+def _show_problems(problems: tuple[Problem, ...]) -> None:
+    rows = [(problem.place, problem.what, problem.todo) for problem in problems]
+    console.print_rows("problems", ("where", "what", "what to do"), rows)
 
 
 def _how_many(views: str) -> int | Literal["all"]:
@@ -215,6 +257,10 @@ def _how_many(views: str) -> int | Literal["all"]:
 
 def _source(config: Path | None) -> SourceSpec | None:
     return load_spec(config).source if config is not None else None
+
+
+def _micro_batch(size: int, asked: int | None) -> str:
+    return f"{size} rows" if asked is None else f"{size} rows ({asked} asked for, halved until they fitted)"
 
 
 @app.command()
@@ -239,6 +285,7 @@ def describe(path: CachePath, json: Json = False) -> None:
         "teacher": f"{manifest.teacher} ({manifest.spec['teacher']['model']})",
         "fields": {name: list(shape) for name, shape in manifest.field_shapes.items()},
         "encodings": {name: encoding.name for name, encoding in manifest.encodings.items()},
+        "micro-batch": _micro_batch(manifest.spec["teacher"]["micro_batch"], manifest.micro_batch_asked),
         "store": f"{manifest.store.kind}, {manifest.store.shard_rows} rows a shard",
         "identity": manifest.identity.whole,
         "tombstones": len(dead),

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any, NoReturn
 
 import typer
@@ -33,9 +35,9 @@ def run(app: typer.Typer, resume: str) -> NoReturn:
     except TeacherCacheError as error:
         err.print(Text.assemble(("error: ", "bold red"), str(error)))
         sys.exit(error.exit_code)
-    except (KeyboardInterrupt, typer.Abort):
+    except (KeyboardInterrupt, typer.Abort, Stopped) as error:
         err.print(f"stopped. {resume}")
-        sys.exit(130)
+        sys.exit(128 + (error.signal if isinstance(error, Stopped) else signal.SIGINT))
     except Exception as error:
         # Typer's own usage errors (an unknown option, a missing argument) know how to show themselves.
         show = getattr(error, "show", None)
@@ -44,6 +46,38 @@ def run(app: typer.Typer, resume: str) -> NoReturn:
         show()
         sys.exit(getattr(error, "exit_code", 2))
     sys.exit(code or 0)
+
+
+class Stopped(Exception):  # noqa: N818 - no error: someone wanted it
+    """A signal has ended the work, which is tidied up after."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.signal = number
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, raised as Ctrl-C is."""
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """A scheduler's SIGTERM ends what is in here as Ctrl-C does: what is half written goes, leases are given back.
+
+    Raises:
+        Stopped: either came.
+    """
+
+    def terminate(_number: int, _frame: FrameType | None) -> None:
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise Stopped(signal.SIGTERM if isinstance(error, _Terminated) else signal.SIGINT) from error
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def sys_path_here() -> None:

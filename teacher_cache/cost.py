@@ -22,7 +22,7 @@ class Cost:
     rows: int
     """Samples times views."""
     bytes_per_row: int
-    """Of all fields and the view's proof, without padding and checksums."""
+    """Of all fields and the view's proof, without padding and checksums; where rows differ, the most one can take."""
     bytes: int
     teacher_seconds_per_row: float
     render_seconds_per_row: float
@@ -56,8 +56,9 @@ def estimate(spec: BuildSpec, micro_batches: int = 3) -> Cost:
     torch.set_num_threads(spec.compute.threads)
     try:
         opened = open_parts(spec)
-        manifest = draft(opened)
-        teacher_seconds, render_seconds = _time(opened, micro_batches)
+        manifest = draft(opened).manifest
+        size: int = manifest.spec["teacher"]["micro_batch"]
+        teacher_seconds, render_seconds = _time(opened, size, micro_batches)
     finally:
         torch.set_num_threads(threads)
     by_field = _field_bytes(manifest)
@@ -75,8 +76,7 @@ def estimate(spec: BuildSpec, micro_batches: int = 3) -> Cost:
     )
 
 
-def _time(opened: Opened, micro_batches: int) -> tuple[float, float]:
-    size = opened.spec.teacher.micro_batch
+def _time(opened: Opened, size: int, micro_batches: int) -> tuple[float, float]:
     rows, _ = first_views(opened, size)
     started = time.perf_counter()
     views = opened.view_of(rows, 0)

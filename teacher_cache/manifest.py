@@ -7,6 +7,7 @@ Neither holds a time or a place, so two builds of one spec end with the same byt
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -15,9 +16,9 @@ import numpy as np
 import torch
 import torchvision
 
-from teacher_cache.encodings import Encoding, Part, open_encoding
+from teacher_cache.encodings import Encoding, Part, Shared, open_encoding
 from teacher_cache.encodings.calibration import Calibration
-from teacher_cache.errors import CacheNotFoundError, FormatError
+from teacher_cache.errors import CacheNotFoundError, CorruptionError, FormatError, SpecError
 from teacher_cache.fingerprint import fingerprint
 from teacher_cache.signed import checked, signed
 from teacher_cache.spec import FieldSpec, StoreSpec, Strict, parse
@@ -76,7 +77,10 @@ class Manifest(Strict):
     teacher: str
     fields: dict[str, FieldSpec]
     field_shapes: dict[str, tuple[int, ...]]
+    micro_batch_asked: int | None = None
+    """What the configuration said, where planning had to make `spec.teacher.micro_batch` smaller (`on_oom: halve`)."""
     calibration: Calibration | None = None
+    constants: TableRef | None = None
     class_names: tuple[str, ...] | None
     store: StoreSpec
     spec: dict[str, Any]
@@ -87,14 +91,27 @@ class Manifest(Strict):
     totals: Totals | None = None
 
     @property
+    def tables(self) -> tuple[TableRef, ...]:
+        """All that it names."""
+        named = (self.samples, self.receipts, self.references, self.constants)
+        return tuple(table for table in named if table is not None)
+
+    @property
     def grid(self) -> Grid:
         """How rows are cut."""
         return Grid(self.rows, self.store.shard_rows, self.store.chunk_rows)
 
     @cached_property
     def encodings(self) -> dict[str, Encoding]:
-        """The encoding of each field."""
-        return {name: open_encoding(field.fixed, self.field_shapes[name], name) for name, field in self.fields.items()}
+        """The encoding of each field, as far as its name and its parts."""
+        return self.open_encodings({})
+
+    def open_encodings(self, constants: Mapping[str, Shared]) -> dict[str, Encoding]:
+        """The encoding of each field; `constants` are what the rows of a field share, by field."""
+        return {
+            name: open_encoding(field.fixed, self.field_shapes[name], name, constants.get(name))
+            for name, field in self.fields.items()
+        }
 
     def proof_group(self, view: int) -> Group:
         """The pixel digests and resolved parameters of one view."""
@@ -140,4 +157,33 @@ def read_manifest(root: Path) -> Manifest:
     if body.get("format_version") != FORMAT_VERSION:
         hint = "Use the version of teacher-cache that wrote it, or build again."
         raise FormatError(str(root), f"must be of format {FORMAT_VERSION}", body.get("format_version"), hint)
-    return parse(Manifest, body, MANIFEST)
+    try:
+        manifest = parse(Manifest, body, MANIFEST)
+        _require_whole(manifest)
+    except (SpecError, ValueError, KeyError) as error:
+        # The digest is right: someone has edited it, and signed it again.
+        hint = "Restore it from a copy."
+        raise CorruptionError(MANIFEST, "must be a manifest whose parts fit each other", error, hint) from error
+    return manifest
+
+
+def _require_whole(manifest: Manifest) -> None:
+    """Refuses what a reader could not even open.
+
+    Raises:
+        ValueError: naming the parts that do not fit; `SpecError` where an encoding does not fit its field.
+    """
+    sizes = (manifest.rows, manifest.views, *manifest.view_shape)
+    if min(sizes) < 1:
+        raise ValueError(f"rows, views and view_shape must be at least 1, found {sizes}")
+    if set(manifest.fields) != set(manifest.field_shapes):
+        raise ValueError("fields and field_shapes must name the same")
+    undecided = [name for name, field in manifest.fields.items() if field.encoding.kind == "auto"]
+    if undecided:
+        raise ValueError(f"fields must have encodings that are chosen, found auto for {undecided}")
+    sealed = manifest.state == "sealed"
+    if sealed != (manifest.receipts is not None) or sealed != (manifest.totals is not None):
+        raise ValueError(f"a {manifest.state} cache must {'' if sealed else 'not '}have receipts and totals")
+    for group in manifest.groups(0):
+        if {"", ".", ".."} & set(group.path.split("/")):
+            raise ValueError(f"teacher and fields must not lead out of their folders, found {group.path}")

@@ -3,35 +3,27 @@
 from __future__ import annotations
 
 import os
-import re
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from teacher_cache import samples as sample_table
-from teacher_cache.calibrate import calibrate
+from teacher_cache.choice import choose, with_defaults
 from teacher_cache.encodings import open_encoding
 from teacher_cache.encodings.calibration import Calibration
-from teacher_cache.errors import MismatchError, SourceError, SpecError, TeacherError
+from teacher_cache.encodings.constants import to_columns
+from teacher_cache.errors import SourceError, SpecError
 from teacher_cache.fingerprint import fingerprint, key_digests
 from teacher_cache.loader import ViewLoader
-from teacher_cache.manifest import (
-    MANIFEST,
-    Identity,
-    Manifest,
-    TableRef,
-    library_versions,
-    read_manifest,
-    write_manifest,
-)
-from teacher_cache.proof import reference_count, write_references
+from teacher_cache.manifest import Identity, Manifest, TableRef, library_versions
+from teacher_cache.probe import ask, check_classes, halve_until_it_fits, out_of_memory
+from teacher_cache.samples import named_table
 from teacher_cache.sources import BrokenSample, Source, open_source, source_fingerprint
-from teacher_cache.spec import Auto, BuildSpec, ComputeSpec, FieldSpec
-from teacher_cache.storage import open_store, remove_temporary, write_atomic
-from teacher_cache.storage.files import is_temporary
+from teacher_cache.spec import BuildSpec, ComputeSpec, EncodingSpec, FieldSpec, SampledK, TopK
+from teacher_cache.storage.ragged import require_room
 from teacher_cache.teachers import Teacher, load_teacher, resolve_device
 from teacher_cache.views import Recipe, Views, open_recipe
 
@@ -100,7 +92,16 @@ def first_views(opened: Opened, count: int = 1) -> tuple[list[int], Views]:
     return rows, opened.view_of(rows, 0)
 
 
-def draft(opened: Opened, found: Manifest | None = None) -> Manifest:
+@dataclass(frozen=True)
+class Draft:
+    """What a build that has not begun will write."""
+
+    manifest: Manifest
+    files: Mapping[str, bytes]
+    """Tables that the manifest names already, by path."""
+
+
+def draft(opened: Opened, found: Manifest | None = None) -> Draft:
     """The manifest of a build that has not begun, from one probe of the teacher.
 
     Args:
@@ -108,29 +109,25 @@ def draft(opened: Opened, found: Manifest | None = None) -> Manifest:
         found: a manifest that is there already; what it chose from the same wishes is not chosen again.
 
     Raises:
-        TeacherError: its logits do not fit the class names.
+        TeacherError: its logits do not fit the class names, or its head is not linear where it must be.
         SpecError: no encoding keeps the bound that was asked for.
     """
-    spec, source, recipe = opened.spec, opened.source, opened.recipe
+    source, recipe = opened.source, opened.recipe
     _, views = first_views(opened)
     _, channels, height, width = views.pixels_BCHW.shape
     shape = (channels, height, width)
+    asked = opened.spec.teacher.micro_batch
+    opened = fitted(opened, shape, found)
     shapes = probe(opened, shape)
-    places = {"workers", "attempts", "views_per_decode"}
+    wanted = with_defaults(opened.spec.teacher.fields, shapes)
+    spec = opened.spec.model_copy(update={"teacher": opened.spec.teacher.model_copy(update={"fields": wanted})})
+    places = {"workers", "attempts", "views_per_decode", "on_oom"}
     described = spec.model_dump(mode="json", exclude={"cache": True, "compute": places})
-    calibration = _calibration(opened, found)
-    fields = {
-        name: field.model_copy(update={"encoding": calibration.chosen}) if calibration and name == "logits" else field
-        for name, field in spec.teacher.fields.items()
-    }
-    for name, field in fields.items():
-        open_encoding(field.fixed, shapes[name], name)
-        if field.fixed.kind == "sampled_k" and spec.fidelity.max_kl is not None:
-            hint = "Leave it out: one draw's KL is infinite; its total variation is measured."
-            raise SpecError("fidelity.max_kl", "has no meaning for sampled_k", spec.fidelity.max_kl, hint)
-    return Manifest(
+    fields, calibration, constants, files = _chosen(opened, wanted, shapes, described, found)
+    _check_fields(spec, fields, shapes)
+    manifest = Manifest(
         state="building",
-        identity=_identity(opened, fields, shapes),
+        identity=_identity(opened, fields, shapes, constants),
         rows=len(source),
         views=spec.views.count,
         view_shape=shape,
@@ -141,72 +138,89 @@ def draft(opened: Opened, found: Manifest | None = None) -> Manifest:
         # Sorted, as JSON will have them: a build that goes on reads them from the manifest.
         fields=dict(sorted(fields.items())),
         field_shapes=dict(sorted(shapes.items())),
+        micro_batch_asked=asked if spec.teacher.micro_batch != asked else None,
         calibration=calibration,
+        constants=constants,
         class_names=source.class_names,
         store=spec.store,
         spec=described,
         versions=library_versions(),
         samples=TableRef(path="", digest=""),
     )
+    for group in manifest.groups(0):
+        require_room(group, manifest.grid)
+    return Draft(manifest, files)
 
 
-def _calibration(opened: Opened, found: Manifest | None) -> Calibration | None:
-    """The choice of an encoding where it was left open: the one that a cache has made, or a new one."""
-    teacher = opened.spec.teacher
-    wanted = teacher.fields["logits"].encoding if "logits" in teacher.fields else None
-    if not isinstance(wanted, Auto):
-        return None
-    if found is not None and found.calibration is not None:
-        asked = found.spec["teacher"]["fields"]["logits"]["encoding"]
-        if asked == wanted.model_dump(mode="json"):
-            return found.calibration
-    return calibrate(wanted, opened.teacher, opened.loader, opened.digests, teacher.micro_batch)
+def _chosen(
+    opened: Opened,
+    wanted: dict[str, FieldSpec],
+    shapes: dict[str, tuple[int, ...]],
+    described: dict[str, Any],
+    found: Manifest | None,
+) -> tuple[dict[str, FieldSpec], Calibration | None, TableRef | None, dict[str, bytes]]:
+    """Fields, calibration and constants: those that a cache has chosen from the same wishes, or new ones."""
+    if found is not None and found.spec["teacher"]["fields"] == described["teacher"]["fields"]:
+        return found.fields, found.calibration, found.constants, {}
+    size = opened.spec.teacher.micro_batch
+    try:
+        chosen = choose(wanted, shapes, opened.teacher, opened.loader, opened.digests, size)
+    except torch.OutOfMemoryError as error:
+        raise out_of_memory(size, error) from error
+    if not chosen.constants:
+        return chosen.fields, chosen.calibration, None, {}
+    reference, data = named_table("constants", to_columns(chosen.constants))
+    return chosen.fields, chosen.calibration, reference, {reference.path: data}
+
+
+def _check_fields(spec: BuildSpec, fields: dict[str, FieldSpec], shapes: dict[str, tuple[int, ...]]) -> None:
+    for name, field in fields.items():
+        open_encoding(field.fixed, shapes[name], name)
+        if spec.fidelity.max_kl is not None and not _has_kl(field.fixed):
+            hint = "Leave it out: classes without weight make KL infinite; the total variation is measured."
+            raise SpecError("fidelity.max_kl", f"has no meaning for {field.fixed.kind}", spec.fidelity.max_kl, hint)
+
+
+def _has_kl(encoding: EncodingSpec) -> bool:
+    """Whether every class keeps some weight."""
+    tailless = isinstance(encoding, TopK) and encoding.tail == "renormalise"
+    return not (tailless or isinstance(encoding, SampledK))
 
 
 def probe(opened: Opened, view_shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
     """Runs one empty micro-batch through the teacher: the shape of one row of each field."""
     spec = opened.spec.teacher
-    batch = torch.zeros((spec.micro_batch, *view_shape), dtype=torch.uint8)
-    try:
-        answer = opened.teacher(batch)
-    except (RuntimeError, ValueError) as error:
-        hint = "Check the recipe's size, the channels and the weights."
-        raise TeacherError("teacher.model", f"fails on a view {view_shape}: {error}", spec.model, hint) from error
-    shapes = {name: tuple(value.shape[1:]) for name, value in answer.items()}
-    _check_classes(opened, shapes)
+    shapes = ask(opened.teacher, spec, spec.micro_batch, view_shape)
+    check_classes(spec, opened.source, shapes)
     return shapes
 
 
-def _check_classes(opened: Opened, shapes: dict[str, tuple[int, ...]]) -> None:
-    names, own = opened.source.class_names, opened.spec.teacher.class_names
-    logits = shapes.get("logits")
-    if logits is not None and len(logits) != 1:
-        raise TeacherError("teacher.fields.logits", "must be [batch, classes]", logits, "Use another model.")
-    if logits is not None and names is not None and logits[0] != len(names):
-        hint = "Use weights for these classes, or give the source the teacher's class names."
-        raise TeacherError("teacher.model", f"must answer for the {len(names)} class names", logits[0], hint)
-    if logits is not None and own is not None and logits[0] != len(own):
-        hint = "Correct the list, or use weights for these classes."
-        raise TeacherError("teacher.class_names", f"must have one name for each of {logits[0]} outputs", own, hint)
-    labels = opened.source.labels
-    if logits is not None and labels is not None and int(labels.max()) >= logits[0]:
-        hint = "Use weights for these classes."
-        raise TeacherError("teacher.model", f"must answer for the labels 0..{int(labels.max())}", logits[0], hint)
-    if own is not None and names is not None and own != names:
-        differs = next((i for i, pair in enumerate(zip(own, names, strict=False)) if pair[0] != pair[1]), len(names))
-        hint = f"They differ first at class {differs}; the teacher's head and the labels must have one order."
-        raise TeacherError("teacher.class_names", "must equal the source's class names, in order", own, hint)
+def fitted(opened: Opened, view_shape: tuple[int, ...], found: Manifest | None) -> Opened:
+    """The same parts with the micro-batch that is used: what the spec says, or less where `compute.on_oom` allows."""
+    spec = opened.spec.teacher
+    size = spec.micro_batch
+    if found is not None and found.micro_batch_asked == size:
+        size = found.spec["teacher"]["micro_batch"]
+    elif found is None and opened.spec.compute.on_oom == "halve":
+        size = halve_until_it_fits(opened.teacher, spec, view_shape)
+    teacher = spec.model_copy(update={"micro_batch": size})
+    return replace(opened, spec=opened.spec.model_copy(update={"teacher": teacher}))
 
 
-def _identity(opened: Opened, chosen: dict[str, FieldSpec], shapes: dict[str, tuple[int, ...]]) -> Identity:
+def _identity(
+    opened: Opened, chosen: dict[str, FieldSpec], shapes: dict[str, tuple[int, ...]], constants: TableRef | None
+) -> Identity:
     spec = opened.spec
     fields = {name: field.model_dump(mode="json") for name, field in chosen.items()}
+    kept: dict[str, Any] = {"fields": fields, "shapes": {name: list(shape) for name, shape in shapes.items()}}
+    if constants is not None:
+        kept["constants"] = constants.digest
     return Identity(
         source=source_fingerprint(opened.source),
         recipe=fingerprint("views", 1, {"recipe": opened.recipe.fingerprint, "count": spec.views.count}),
         view=opened.recipe.view_fingerprint,
         teacher=opened.teacher.fingerprint,
-        encoding=fingerprint("encoding", 1, {"fields": fields, "shapes": {k: list(v) for k, v in shapes.items()}}),
+        encoding=fingerprint("encoding", 1, kept),
         store=fingerprint("store", 1, spec.store.model_dump(mode="json")),
         numerics=fingerprint(
             "numerics",
@@ -220,82 +234,3 @@ def _identity(opened: Opened, chosen: dict[str, FieldSpec], shapes: dict[str, tu
             },
         ),
     )
-
-
-def _require_repeatable(opened: Opened, rows: list[int], views: Views) -> None:
-    """A callable that draws from another generator than torch's gives other pixels for the same seed."""
-    again = opened.view_of(rows, 0).digests()
-    differs = again != views.digests()
-    if differs.any():
-        key = opened.source.keys[rows[int(differs.argmax())]]
-        hint = "Draw from torch's global generator only: NumPy's and Python's are not seeded."
-        raise SpecError("views", "must give the same view twice", f"two different views of {key}", hint)
-
-
-_HINTS = {
-    "source": "The data set changed since the cache was begun: restore it, or begin a new cache.",
-    "recipe": "Restore `views` as it was, or begin a new cache.",
-    "teacher": "This is a cache of another teacher (weights, preprocessing or precision): begin a new cache.",
-    "encoding": "Restore `teacher.fields` as they were, or begin a new cache.",
-    "store": "Restore `store` as it was, or begin a new cache.",
-    "numerics": "Restore `teacher.micro_batch`, `compute` and `fidelity`, or begin a new cache.",
-}
-
-
-_BEGINNING = re.compile(r"(samples|references)-[0-9a-f]{12}\.parquet|data/(.*/)?zarr\.json")
-"""What `begin` writes before there is a manifest."""
-
-
-def _require_fresh(root: Path) -> None:
-    """Nothing but what a `begin` that was killed may have left is tolerated, and that is removed.
-
-    Raises:
-        SpecError: the folder holds something else: it is not a cache, and must not become half of one.
-    """
-    files = [path for path in root.rglob("*") if path.is_file()] if root.is_dir() else []
-    for path in files:
-        name = path.relative_to(root).as_posix()
-        if not (_BEGINNING.fullmatch(name) or is_temporary(path)):
-            hint = "Name a new or an empty folder."
-            raise SpecError("cache", f"is a folder without {MANIFEST} that holds other files", path, hint)
-    for path in files:
-        path.unlink()
-
-
-def begin(root: Path, opened: Opened) -> Manifest:
-    """Begins a cache, or goes on with the one that is there if it is the same.
-
-    Raises:
-        MismatchError: a cache is there that was begun with another source, teacher, recipe or encoding.
-        BuildError: the folder cannot be written.
-    """
-    found = read_manifest(root) if (root / MANIFEST).exists() else None
-    planned = draft(opened, found)
-    if found is not None:
-        if planned.teacher != found.teacher:
-            hint = "Restore the name, or begin a new cache: it is part of every path."
-            raise MismatchError("teacher.name", f"must be {found.teacher}", planned.teacher, hint)
-        for part, hint in _HINTS.items():
-            ours, theirs = getattr(planned.identity, part), getattr(found.identity, part)
-            if ours != theirs:
-                raise MismatchError(part, f"must have the cache's fingerprint {theirs}", ours, hint)
-        if found.state == "building" and found.versions != planned.versions:
-            hint = f"Go on with {found.versions}, or begin a new cache: both would be in one."
-            raise MismatchError("versions", "must be those that began the cache", planned.versions, hint)
-        remove_temporary(root)
-        return found
-    _require_fresh(root)
-    rows, views = first_views(opened, reference_count(planned.view_shape))
-    _require_repeatable(opened, rows, views)
-    # Over several views, so that they go through as many of a random recipe's operations as may be.
-    numbers = [place % planned.views for place in range(len(rows))]
-    kept = [opened.view_of([row], number).pixels_BCHW[0] for row, number in zip(rows, numbers, strict=True)]
-    table = sample_table.write_samples(root, sample_table.of_source(opened.source))
-    references = write_references(root, rows, numbers, kept)
-    manifest = planned.model_copy(update={"samples": table, "references": references})
-    store = open_store(manifest.store.kind, manifest.grid)
-    groups = [group for view in range(manifest.views) for group in manifest.groups(view)]
-    for path, data in store.metadata(groups).items():
-        write_atomic(root, path, data)
-    write_manifest(root, manifest)
-    return manifest

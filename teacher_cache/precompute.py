@@ -2,15 +2,18 @@
 
 The only file that imports ray. The actor writes and commits inside the call, so the driver may die at any
 moment; a shard whose worker died is tried again by a new one, with our own count of attempts, because a poison
-shard must not be retried for ever.
+shard must not be retried for ever. When they are used up, the samples that kill are found by bisection and left out.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,11 +21,14 @@ import ray
 import torch
 from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayError, RayTaskError
 
+from teacher_cache.claims import Claims
 from teacher_cache.errors import BuildError, SpecError, TeacherCacheError
+from teacher_cache.lease import Hold
 from teacher_cache.manifest import Manifest
 from teacher_cache.plan import worker_count
+from teacher_cache.poison import find_poison
 from teacher_cache.receipts import Receipt, receipt_path
-from teacher_cache.shard_job import Job, Work, open_job_from, run_work
+from teacher_cache.shard_job import Job, Work, open_job_from, run_work, try_rows
 from teacher_cache.spec import BuildSpec, ComputeSpec
 from teacher_cache.teachers import resolve_device
 
@@ -33,21 +39,27 @@ _DEATHS = (RayActorError, OutOfMemoryError, NodeDiedError)
 class ShardWorker:
     """Runs shards in a process of its own. Opens source, recipe and teacher once."""
 
-    def __init__(self, root: str, manifest: str, spec: BuildSpec, search_path: list[str]) -> None:
+    def __init__(self, root: str, manifest: str, spec: BuildSpec, search_path: list[str], hold: Hold) -> None:
         sys.path[:] = search_path
         torch.set_num_threads(spec.compute.threads)
-        self._job: Job = open_job_from(Path(root), Manifest.model_validate_json(manifest), spec)
+        self._job: Job = open_job_from(Path(root), Manifest.model_validate_json(manifest), spec, hold)
 
     def run(self, work: Work) -> list[bytes]:
         """Shards, written and committed; returns their receipts."""
         return [receipt.to_bytes() for receipt in run_work(self._job, work)]
 
+    def probe(self, work: Work, rows: Sequence[int]) -> None:
+        """Does with some rows of a shard what `run` does, and writes nothing: they may be the ones that kill."""
+        try_rows(self._job, work, rows)
 
-def run_on_ray(root: Path, manifest: Manifest, spec: BuildSpec, works: list[Work]) -> Iterator[Receipt]:
+
+def run_on_ray(root: Path, manifest: Manifest, spec: BuildSpec, works: list[Work], claims: Claims) -> Iterator[Receipt]:
     """Yields the receipt of each shard as it is committed, in whatever order the workers finish.
 
+    Work is claimed before it is submitted; what another builder has claimed is left out.
+
     Raises:
-        BuildError: a shard killed its worker as often as `compute.attempts` allows.
+        BuildError: a shard killed its worker as often as `compute.attempts` allows, and no sample is to blame.
         TeacherCacheError: whatever the shard job raised, as it raised it.
     """
     count = min(worker_count(spec.compute), len(works))
@@ -56,6 +68,7 @@ def run_on_ray(root: Path, manifest: Manifest, spec: BuildSpec, works: list[Work
     if ours:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        on_sigterm = signal.getsignal(signal.SIGTERM)
         ray.init(
             num_cpus=count * spec.compute.threads,
             include_dashboard=False,
@@ -63,8 +76,11 @@ def run_on_ray(root: Path, manifest: Manifest, spec: BuildSpec, works: list[Work
             log_to_driver=False,
             configure_logging=False,
         )
+        if callable(on_sigterm) and threading.current_thread() is threading.main_thread():
+            # Ray puts its own handler in the place of the command line's.
+            signal.signal(signal.SIGTERM, on_sigterm)
     try:
-        pool = _Pool(root, manifest, spec, min(count, _room(spec.compute, on_gpu)), on_gpu)
+        pool = _Pool(root, manifest, spec, min(count, _room(spec.compute, on_gpu)), on_gpu, claims)
         try:
             yield from pool.run(works)
         finally:
@@ -95,13 +111,20 @@ class _Call(NamedTuple):
 class _Pool:
     """Workers with at most two calls in flight each, and the shards that still wait."""
 
-    def __init__(self, root: Path, manifest: Manifest, spec: BuildSpec, count: int, on_gpu: bool) -> None:
+    def __init__(
+        self, root: Path, manifest: Manifest, spec: BuildSpec, count: int, on_gpu: bool, claims: Claims
+    ) -> None:
         resources: dict[str, Any] = {"num_cpus": spec.compute.threads, "num_gpus": 1 if on_gpu else 0}
         self._actor = ray.remote(**resources, max_restarts=0, max_task_retries=0)(ShardWorker)
         # The API key is excluded from every dump on purpose; pickling the model carries it to the workers.
-        self._arguments = (str(root.absolute()), manifest.model_dump_json(), spec, list(sys.path))
+        self._arguments = (str(root.absolute()), manifest.model_dump_json(), spec, list(sys.path), claims.hold)
+        self._claims = claims
         self._attempts_allowed = spec.compute.attempts
-        self._attempts: dict[Work, int] = {}
+        self._manifest = manifest
+        self._attempts: dict[tuple[int, tuple[int, ...]], int] = {}
+        """By shard and views, how many workers have died of it."""
+        self._poison: dict[int, tuple[int, ...]] = {}
+        """By shard, the rows that kill in any view, as far as this run has found out."""
         self._workers = [self._start() for _ in range(count)]
         self._submitted = 0
         self._calls: dict[Any, _Call] = {}
@@ -119,42 +142,86 @@ class _Pool:
             (ready,), _ = ray.wait(list(self._calls), num_returns=1)
             call = self._calls.pop(ready)
             try:
-                data = ray.get(ready)
+                data = _answer_to(ready)
             except _DEATHS as error:
                 self._bury(call, waiting, error)
                 continue
-            except RayTaskError as error:
-                cause = error.cause
-                raise (cause if isinstance(cause, TeacherCacheError) else error) from None
             self._submit(call.worker, waiting)
             for view, receipt in zip(call.work.views, data, strict=True):
                 yield Receipt.from_bytes(receipt, receipt_path(view, call.work.shard))
 
     def _submit(self, worker: int, waiting: deque[Work]) -> None:
-        if waiting:
-            work = waiting.popleft()
-            self._submitted += 1
-            reference = self._workers[worker].run.remote(work)
-            self._calls[reference] = _Call(self._submitted, worker, work)
+        while waiting:
+            next_one = waiting.popleft()
+            known = self._poison.get(next_one.shard, next_one.poison)
+            work = self._claims.take(next_one._replace(poison=known))
+            if work is not None:
+                self._submitted += 1
+                reference = self._workers[worker].run.remote(work)
+                self._calls[reference] = _Call(self._submitted, worker, work)
+                return
 
     def _bury(self, dead: _Call, waiting: deque[Work], error: RayError) -> None:
-        """Replaces a dead worker; the shard it was given first is suspected, the one behind it goes back unharmed."""
+        """Replaces a dead worker; the first shard that it had not made is suspected, others go back unharmed."""
         behind = {reference: call for reference, call in self._calls.items() if call.worker == dead.worker}
         for reference in behind:
             del self._calls[reference]
         lost = [call.work for call in sorted([dead, *behind.values()])]
-        oldest = lost[0]
-        self._attempts[oldest] = self._attempts.get(oldest, 0) + 1
-        if self._attempts[oldest] >= self._attempts_allowed:
-            name = str(oldest)
-            hint = "Run with --executor serial to see why; memory is the usual reason."
-            raise BuildError(name, f"killed its worker {self._attempts[oldest]} times", error, hint) from error
         waiting.extendleft(reversed(lost))
         self._workers[dead.worker] = self._start()
+        # A worker that dies soon after a commit takes its answer with it: that shard is not to blame.
+        suspect = next((work for work in lost if not self._is_done(work)), lost[0])
+        key = suspect.shard, suspect.views
+        self._attempts[key] = self._attempts.get(key, 0) + 1
+        if self._attempts[key] >= self._attempts_allowed:
+            self._attempts[key] = 0
+            self._bisect(dead.worker, suspect, error)
         for _ in range(_IN_FLIGHT):
             self._submit(dead.worker, waiting)
+
+    def _is_done(self, work: Work) -> bool:
+        return all(self._claims.is_done(view, work) for view in work.views)
+
+    def _bisect(self, worker: int, work: Work, error: RayError) -> None:
+        """Finds the rows that killed a worker; from now on the shards of their range are made without them."""
+        known = self._poison.get(work.shard, work.poison)
+        if known != work.poison:
+            # Found in another view while this one was under way.
+            return
+        place = str(work)
+        if any(name.endswith("partner_low") for name in self._manifest.param_names):
+            rule = (
+                f"killed its worker {self._attempts_allowed} times, in a recipe that mixes: a partner may be to blame"
+            )
+            hint = "Run with --executor serial to see why, then leave the sample out of the source, in a new cache."
+            raise BuildError(place, rule, error, hint) from error
+        rows = [row for row in range(*self._manifest.grid.span(work.shard)) if row not in known]
+        try:
+            found = find_poison(place, rows, partial(self._kills, worker, work), self._attempts_allowed)
+        except BuildError as none:
+            raise none from error
+        self._poison[work.shard] = tuple(sorted({*known, *found}))
+
+    def _kills(self, worker: int, work: Work, rows: Sequence[int]) -> bool:
+        """Whether a worker dies of these rows; it is replaced then."""
+        try:
+            _answer_to(self._workers[worker].probe.remote(work, rows))
+        except _DEATHS:
+            self._workers[worker] = self._start()
+            return True
+        return False
 
     def stop(self) -> None:
         """Kills the workers; a shard that is half written has a temporary name only."""
         for worker in self._workers:
             ray.kill(worker)
+
+
+def _answer_to(reference: Any) -> Any:
+    """What a worker answered; what it raised on purpose is raised here as it was there."""
+    try:
+        return ray.get(reference)
+    except _DEATHS:
+        raise
+    except RayTaskError as error:
+        raise (error.cause if isinstance(error.cause, TeacherCacheError) else error) from None

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from teacher_cache.errors import TeacherCacheError, ViewMismatch
 from teacher_cache.manifest import TableRef, library_versions
-from teacher_cache.samples import read_checked, write_table
-from teacher_cache.storage.parquet_tables import read_table
+from teacher_cache.samples import read_columns, write_table
 from teacher_cache.views import Views
 
 if TYPE_CHECKING:
@@ -27,6 +26,9 @@ Tolerance = Literal["exact", "rounding"]
 """`exact` stops at any difference. `rounding` goes on where the recipe has operations that round and the reference
 views have moved by one level of 255 and no more, as other processors and releases round; that a row's view is its own
 then rests on its source bytes and its stored parameters, both of which are checked, and no longer on its digest."""
+
+REFERENCES = {"view": int, "row": int, "pixels": bytes}
+"""The columns of the table of reference views."""
 
 _MOST = 8
 _MOST_BYTES = 2 * 2**20
@@ -76,7 +78,7 @@ def measure(cache: Cache) -> Difference:
     """
     if cache.manifest.references is None:
         return Difference(0, 0, 0, 0)
-    table = read_table(read_checked(cache.path, cache.manifest.references))
+    table = read_columns(cache.path, cache.manifest.references, REFERENCES)
     found = []
     for view, row, pixels in zip(table["view"], table["row"], table["pixels"], strict=True):
         # A row may have become a tombstone in the meantime.

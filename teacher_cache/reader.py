@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import resource
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -27,16 +27,19 @@ from teacher_cache.loader import Decoded, ViewLoader
 from teacher_cache.manifest import Manifest, Totals, read_manifest
 from teacher_cache.proof import Difference, Tolerance, check, measure
 from teacher_cache.receipts import add_up, read_receipts
-from teacher_cache.samples import Samples, read_checked, read_samples, with_receipts
+from teacher_cache.samples import (
+    RECEIPTS,
+    Samples,
+    read_columns,
+    read_constants,
+    read_samples,
+    with_receipts,
+)
 from teacher_cache.sources import Item, Source
 from teacher_cache.spec import BuildSpec, SourceSpec, parse
-from teacher_cache.storage import FileRecord, Group, ShardReader, open_store
-from teacher_cache.storage.parquet_tables import read_table
+from teacher_cache.storage import FileRecord, Group, GroupReader, open_maps, open_store
 from teacher_cache.views import Recipe, Views
 from teacher_cache.views.student_size import Resized
-
-_MOST_SHARDS = 512
-_MOST_BYTES = 2**30
 
 Rows = Sequence[int] | NDArray[np.int64]
 
@@ -44,18 +47,21 @@ Rows = Sequence[int] | NDArray[np.int64]
 class Cache:
     """A read-only cache. Picklable: a copy in another process opens its own maps. Not thread-safe."""
 
-    def __init__(self, path: str | Path, source: SourceSpec | None = None) -> None:
+    def __init__(self, path: str | Path, source: SourceSpec | None = None, maps: str | Path | None = None) -> None:
         """Opens a cache; `teacher_cache.open` is this.
 
         Args:
             path: its folder.
             source: where the data set is now, if not where the manifest says.
+            maps: of a Parquet cache: a folder on this machine in which shards are kept decoded, as large as the
+                cache, so that they are read at memory speed; without it, the shards used last are kept in memory.
 
         Raises:
             CacheError: there is no cache, or its manifest or tables cannot be trusted.
+            SpecError: `maps` for a Zarr cache, which is mapped as it is.
         """
         self.path = Path(path)
-        self._source_spec = source
+        self._source_spec, self._maps = source, None if maps is None else Path(maps)
         self.manifest: Manifest
         self.samples: Samples
         self.totals: Totals
@@ -67,16 +73,18 @@ class Cache:
         """Digests of the samples' keys, uint64 [N]."""
         self._views = CachedViews(self)
         self._store = open_store(self.manifest.store.kind, self.manifest.grid)
-        self._encodings = self.manifest.encodings
+        if self._maps is not None and self.manifest.store.kind != "parquet":
+            raise SpecError("maps", "is for Parquet: Zarr is mapped as it is", self._maps, "Leave it out.")
+        self._encodings = self.manifest.open_encodings(read_constants(self.path, self.manifest.constants))
         self._groups: dict[tuple[str, int], Group] = {}
-        self._room = _room(self.manifest)
-        self._shards: OrderedDict[tuple[str, int], ShardReader] = OrderedDict()
+        self._readers: OrderedDict[str, GroupReader] = OrderedDict()
+        self._committed: dict[int, NDArray[np.bool_]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "source": self._source_spec}
+        return {"path": self.path, "source": self._source_spec, "maps": self._maps}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["path"], state["source"])  # type: ignore[misc]
+        self.__init__(**state)  # type: ignore[misc]
 
     def _read_authority(self) -> None:
         """Manifest, samples and index, all of one moment: a build that seals meanwhile replaces all three."""
@@ -95,7 +103,7 @@ class Cache:
     def _read_index(self) -> dict[tuple[int, int], dict[str, FileRecord]]:
         """What is committed, by (view, shard): from the sealed table, or from the receipts of a running build."""
         files: dict[tuple[int, int], dict[str, FileRecord]] = {}
-        samples = read_samples(self.path, self.manifest.samples)
+        samples = read_samples(self.path, self.manifest.samples, self.manifest.rows)
         if self.manifest.receipts is None:
             receipts = read_receipts(self.path, self.manifest)
             self.totals = add_up(self.manifest, receipts)
@@ -105,9 +113,8 @@ class Cache:
             return files
         assert self.manifest.totals is not None, "a sealed manifest has totals"
         self.samples, self.totals = samples, self.manifest.totals
-        table = read_table(read_checked(self.path, self.manifest.receipts))
-        columns = (table[name] for name in ("view", "shard", "path", "size", "digest"))
-        for view, shard, path, size, digest in zip(*columns, strict=True):
+        table = read_columns(self.path, self.manifest.receipts, RECEIPTS)
+        for view, shard, path, size, digest in zip(*(table[name] for name in RECEIPTS), strict=True):
             files.setdefault((view, shard), {})[path] = FileRecord(path, size, digest)
         return files
 
@@ -154,13 +161,14 @@ class Cache:
     def __len__(self) -> int:
         return self.manifest.rows
 
-    def read(self, field: str, view: int, rows: Rows) -> Target:
+    def read(self, field: str, view: int, rows: Rows, out: Mapping[str, NDArray[Any]] | None = None) -> Target:
         """Rows of a field in one view, verified and decoded.
 
         Args:
             field: one of `fields`.
             view: 0 ≤ view < `views`.
             rows: row numbers, any order, repeats allowed.
+            out: `buffers(field, len(rows))` to gather into: what was read into them before is overwritten.
 
         Returns:
             A target with arrays [len(rows), ...], in the order asked for.
@@ -170,18 +178,32 @@ class Cache:
             TombstoneError: a row's sample could not be decoded when the cache was built.
             CorruptionError: a stored byte is not the byte that was committed there.
         """
-        columns = self.columns(field, view, rows)
+        columns = self.columns(field, view, rows, out)
         target: Target = self._encodings[field].decode(columns)
         return target
 
-    def columns(self, field: str, view: int, rows: Rows) -> dict[str, NDArray[Any]]:
+    def columns(
+        self, field: str, view: int, rows: Rows, out: Mapping[str, NDArray[Any]] | None = None
+    ) -> dict[str, NDArray[Any]]:
         """The stored arrays behind `read`, one [len(rows), ...] for each part of the encoding."""
         if field not in self._encodings:
             hint = f"This cache holds: {', '.join(self.fields)}."
             raise MismatchError("field", "must be one that the cache holds", field, hint)
         wanted = self._rows(rows, view)
         group = self._group(field, view)
-        return {part.name: self._gather(group, part.name, view, wanted) for part in group.parts}
+        into = {} if out is None else out
+        return {part.name: self._gather(group, part.name, view, wanted, into.get(part.name)) for part in group.parts}
+
+    def buffers(self, field: str, rows: int) -> dict[str, NDArray[Any]]:
+        """Memory for so many rows of a field, to read into again and again: page-locked where there is a GPU.
+
+        Args:
+            field: one of `fields`.
+            rows: how many are read at a time.
+        """
+        pinned, parts = torch.cuda.is_available(), self._group(field, 0).parts
+        sizes = {part.name: torch.empty(rows * part.row_bytes, dtype=torch.uint8, pin_memory=pinned) for part in parts}
+        return {part.name: sizes[part.name].numpy().view(part.dtype).reshape(rows, *part.shape) for part in parts}
 
     def digests(self, view: int, rows: Rows) -> NDArray[np.uint64]:
         """The pixel digests that the teacher's views had, uint64 [len(rows)]."""
@@ -216,28 +238,50 @@ class Cache:
             self._groups[field, view] = made
         return self._groups[field, view]
 
-    def _gather(self, group: Group, part: str, view: int, rows: NDArray[np.int64]) -> NDArray[Any]:
-        described = next(item for item in group.parts if item.name == part)
-        gathered = np.empty((len(rows), *described.shape), described.dtype)
-        shards, inside = np.divmod(rows, self.manifest.grid.shard_rows)
-        for shard in np.unique(shards):
-            places = np.flatnonzero(shards == shard)
-            gathered[places] = self._shard(group, view, int(shard)).gather(part, inside[places])
+    def _gather(
+        self, group: Group, part: str, view: int, rows: NDArray[np.int64], out: NDArray[Any] | None = None
+    ) -> NDArray[Any]:
+        reader = self._opened(group, view)
+        self._require_committed(view, rows)
+        gathered = reader.gather(part, rows, out)
+        self._make_room()
         return gathered
 
-    def _shard(self, group: Group, view: int, shard: int) -> ShardReader:
-        if (group.path, shard) in self._shards:
-            self._shards.move_to_end((group.path, shard))
-            return self._shards[group.path, shard]
-        if (view, shard) not in self.files:
+    def _require_committed(self, view: int, rows: NDArray[np.int64]) -> None:
+        if view not in self._committed:
+            shards = [shard for of, shard in self.files if of == view]
+            self._committed[view] = np.isin(np.arange(self.manifest.grid.shards), shards)
+        committed = self._committed[view][rows // self.manifest.grid.shard_rows]
+        if not committed.all():
+            shard = int(rows[~committed][0]) // self.manifest.grid.shard_rows
             start, stop = self.manifest.grid.span(shard)
             hint = "Finish the build: teacher-cache build CONFIG goes on where it stopped."
             raise HoleError(f"view {view}", "must be committed before it is read", f"rows {start}..{stop - 1}", hint)
-        reader = self._store.open_shard(self.path, group, shard, self.files[view, shard])
-        self._shards[group.path, shard] = reader
-        if len(self._shards) > self._room:
-            self._shards.popitem(last=False)
-        return reader
+
+    def _opened(self, group: Group, view: int) -> GroupReader:
+        if group.path not in self._readers:
+            files = self.files
+
+            def records_of(shard: int) -> dict[str, FileRecord]:
+                return files[view, shard]
+
+            if self._maps is None:
+                self._readers[group.path] = self._store.open_group(self.path, group, records_of)
+            else:
+                # Caches of one identity have the same bytes, wherever they are.
+                folder = self._maps / self.manifest.identity.whole
+                self._readers[group.path] = open_maps(self.path, folder, group, self.manifest.grid, records_of)
+        self._readers.move_to_end(group.path)
+        return self._readers[group.path]
+
+    def _make_room(self) -> None:
+        """Lets go of what was used longest ago, so that maps and memory stay within what a process may have."""
+        while sum(reader.load for reader in self._readers.values()) > 1:
+            if len(self._readers) == 1:
+                next(iter(self._readers.values())).clear()
+                return
+            _, oldest = self._readers.popitem(last=False)
+            oldest.clear()
 
     @property
     def source(self) -> Source:
@@ -296,27 +340,18 @@ class Cache:
         check(self, view, np.asarray(rows, np.int64).reshape(-1), rendered, tolerance)
 
 
-def _room(manifest: Manifest) -> int:
-    """How many shards may stay open: a Zarr map holds a file handle for each part, a Parquet shard its rows."""
-    groups = manifest.groups(0)
-    if manifest.store.kind == "parquet":
-        largest = max(sum(part.row_bytes for part in group.parts) for group in groups)
-        return max(8, min(_MOST_SHARDS, _MOST_BYTES // (largest * manifest.store.shard_rows)))
-    handles, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return max(8, min(_MOST_SHARDS, handles // 2 // max(len(group.parts) for group in groups)))
-
-
-def open_cache(path: str | Path, source: SourceSpec | None = None) -> Cache:
+def open_cache(path: str | Path, source: SourceSpec | None = None, maps: str | Path | None = None) -> Cache:
     """Opens a cache read-only.
 
     Args:
         path: its folder.
         source: where the data set is now, if not where the manifest says.
+        maps: of a Parquet cache: a folder on this machine in which shards are kept decoded.
 
     Raises:
         CacheError: there is none, or it cannot be trusted.
     """
-    return Cache(path, source)
+    return Cache(path, source, maps)
 
 
 __all__ = ["Cache", "CacheError", "open_cache"]

@@ -86,7 +86,8 @@ def class_name(cache: Cache, number: int) -> str:
 
 
 def _bars(cache: Cache, view: int, rows: list[int]) -> list[tuple[Bar, ...]]:
-    if "logits" not in cache.fields:
+    # A sequence has too many distributions to draw one beside each view.
+    if len(cache.manifest.field_shapes.get("logits", ())) != 1:
         return [()] * len(rows)
     target, labels = cache.read("logits", view, rows), cache.labels
     # A stable sort: `topk` leaves the order of equal probabilities open.

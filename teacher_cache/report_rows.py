@@ -70,10 +70,10 @@ def measure(cache: Cache, picks: Picks) -> SoftTargets | None:
     if cache.manifest.encodings["logits"].name == "sampled_k":
         # Entropy and mass of one draw are the draw's, not the teacher's.
         return None
-    classes = cache.manifest.field_shapes["logits"][0]
+    classes = cache.manifest.field_shapes["logits"][-1]
     entropies: dict[int, list[Tensor]] = {temperature: [] for temperature in TEMPERATURES}
     masses, kept = [], classes
-    for target in _targets(cache, picks):
+    for target in (each.flat() for each in _targets(cache, picks)):
         kept = kept_classes(target, classes)
         for temperature, found in entropies.items():
             found.append(torch.special.entr(target.log_probs(temperature).double().exp()).sum(1))
@@ -97,4 +97,4 @@ def _targets(cache: Cache, picks: Picks) -> list[Target]:
 
 def kept_classes(target: Target, classes: int) -> int:
     """How many classes a target names; the others share their mass evenly."""
-    return target.values_BK.shape[1] if isinstance(target, SparseTarget) else classes
+    return target.values_BK.shape[-1] if isinstance(target, SparseTarget) else classes

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from teacher_cache.encodings import Shared
+from teacher_cache.encodings.constants import from_columns
 from teacher_cache.errors import CorruptionError, TombstoneError
 from teacher_cache.fingerprint import bytes_digest
 from teacher_cache.manifest import Manifest, TableRef
@@ -19,7 +21,11 @@ from teacher_cache.sources import Source
 from teacher_cache.storage import write_atomic
 from teacher_cache.storage.parquet_tables import read_table, table_bytes
 
+_OTHER = "Its digest is right, so it was written as it is: restore the manifest and its tables from one copy."
+
 ALIVE = ""
+RECEIPTS = {"view": int, "shard": int, "path": str, "size": int, "digest": str}
+"""The columns of the table of receipts."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,11 +95,27 @@ def write_samples(root: Path, samples: Samples) -> TableRef:
 
 def write_table(root: Path, stem: str, columns: Mapping[str, Any]) -> TableRef:
     """Writes a table under a name made of its digest, so that an older manifest keeps its own."""
+    reference, data = named_table(stem, columns)
+    write_atomic(root, reference.path, data)
+    return reference
+
+
+def named_table(stem: str, columns: Mapping[str, Any]) -> tuple[TableRef, bytes]:
+    """A table's bytes, and the name and digest under which a manifest will have it."""
     data = table_bytes(columns)
     digest = bytes_digest(data)
-    path = f"{stem}-{digest[:12]}.parquet"
-    write_atomic(root, path, data)
-    return TableRef(path=path, digest=digest)
+    return TableRef(path=f"{stem}-{digest[:12]}.parquet", digest=digest), data
+
+
+def read_constants(root: Path, table: TableRef | None) -> dict[str, Shared]:
+    """What the rows of each field share, by field; nothing where no encoding needs it."""
+    if table is None:
+        return {}
+    columns = read_columns(root, table, dict.fromkeys(("field", "name", "dtype", "shape"), str) | {"data": bytes})
+    try:
+        return from_columns(columns, table.digest)
+    except (ValueError, TypeError) as error:
+        raise CorruptionError(table.path, "must hold arrays by field and name", error, _OTHER) from error
 
 
 def read_checked(root: Path, table: TableRef) -> bytes:
@@ -108,13 +130,50 @@ def read_checked(root: Path, table: TableRef) -> bytes:
     return data
 
 
-def read_samples(root: Path, table: TableRef) -> Samples:
-    """Reads the table that a manifest names."""
-    columns = read_table(read_checked(root, table))
+def read_columns(root: Path, table: TableRef, wanted: Mapping[str, type | tuple[type, ...]]) -> dict[str, list[Any]]:
+    """A table of the manifest, checked: its digest, and that these columns are there and hold these types.
+
+    Raises:
+        CorruptionError: it is not the table that the manifest names, or no table of this kind.
+    """
+    data = read_checked(root, table)
+    try:
+        columns = read_table(data)
+    except (ValueError, OSError, LookupError, NotImplementedError) as error:
+        raise CorruptionError(table.path, "must be a Parquet table", error, _OTHER) from error
+    if set(columns) != set(wanted):
+        raise CorruptionError(table.path, f"must have the columns {sorted(wanted)}", sorted(columns), _OTHER)
+    for name, kinds in wanted.items():
+        wrong = next((value for value in columns[name] if not isinstance(value, kinds)), columns)
+        if wrong is not columns:
+            raise CorruptionError(table.path, f"must hold {kinds} in its column `{name}`", repr(wrong), _OTHER)
+    return columns
+
+
+def read_samples(root: Path, table: TableRef, rows: int | None = None) -> Samples:
+    """Reads the table that a manifest names.
+
+    Args:
+        root: the cache's folder.
+        table: its name and digest.
+        rows: how many rows it must have.
+    """
+    kinds: dict[str, type | tuple[type, ...]] = {
+        "key": str,
+        "label": (int, type(None)),
+        "size": int,
+        "content": int,
+        "tombstone": str,
+    }
+    columns = read_columns(root, table, kinds)
     labels = columns["label"]
+    if rows is not None and len(labels) != rows:
+        raise CorruptionError(table.path, f"must have the manifest's {rows} rows", len(labels), _OTHER)
+    if len(bare := {label is None for label in labels}) > 1:
+        raise CorruptionError(table.path, "must have a label in every row, or in none", "both", _OTHER)
     return Samples(
         columns["key"],
-        None if any(label is None for label in labels) else np.array(labels, np.int64),
+        None if bare == {True} else np.array(labels, np.int64),
         np.array(columns["size"], np.int64),
         np.array(columns["content"], np.uint64),
         columns["tombstone"],

@@ -7,8 +7,8 @@ from one decoding; each is a shard of its own, and none depends on which others 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,15 +17,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from teacher_cache.encodings import Encoding, SampledLogits
+from teacher_cache.encodings import Encoding, SampledLogits, Sequenced
 from teacher_cache.encodings.fidelity import measure_feature, measure_logits
 from teacher_cache.errors import BuildError, NonFiniteError, SpecError, TeacherCacheError
+from teacher_cache.lease import Hold
 from teacher_cache.loader import Decoded
 from teacher_cache.manifest import Manifest
 from teacher_cache.plan import Opened, open_parts
-from teacher_cache.receipts import Receipt, receipt_path
-from teacher_cache.spec import BuildSpec
+from teacher_cache.poison import KILLED, is_current
+from teacher_cache.receipts import Receipt, receipt_path, shard_claim
+from teacher_cache.samples import read_constants
+from teacher_cache.spec import HEAD_INPUT, BuildSpec
 from teacher_cache.storage import Store, open_store, write_atomic
+from teacher_cache.storage.files import file_error
 from teacher_cache.teachers import padded
 from teacher_cache.views import How, Views
 from teacher_cache.views.philox import view_words
@@ -39,6 +43,8 @@ class Work(NamedTuple):
 
     views: tuple[int, ...]
     shard: int
+    poison: tuple[int, ...] = ()
+    """Rows that are known to kill their worker: left out of their micro-batches, as broken ones are."""
 
     def __str__(self) -> str:
         views = ", ".join(map(str, self.views))
@@ -56,19 +62,28 @@ class Job:
     store: Store
     how: How
     """Where views are rendered."""
+    hold: Hold | None = None
+    """Where several may build: what is no longer claimed is not committed."""
+
+    @property
+    def micro_batch(self) -> int:
+        """Rows in one question to the teacher: the manifest's, which planning may have made smaller than the spec's."""
+        size: int = self.manifest.spec["teacher"]["micro_batch"]
+        return size
 
 
-def open_job(root: Path, manifest: Manifest, opened: Opened) -> Job:
+def open_job(root: Path, manifest: Manifest, opened: Opened, hold: Hold | None = None) -> Job:
     """A job from parts that are already open."""
     here = opened.teacher.threads is None and opened.teacher.device == "cuda"
     # Views are made where the teacher will read them: a batched recipe needs no copy back.
     how = How(torch.device("cuda")) if here else How()
-    return Job(root, opened, manifest, manifest.encodings, open_store(manifest.store.kind, manifest.grid), how)
+    encodings = manifest.open_encodings(read_constants(root, manifest.constants))
+    return Job(root, opened, manifest, encodings, open_store(manifest.store.kind, manifest.grid), how, hold)
 
 
-def open_job_from(root: Path, manifest: Manifest, spec: BuildSpec) -> Job:
+def open_job_from(root: Path, manifest: Manifest, spec: BuildSpec, hold: Hold | None = None) -> Job:
     """A job in another process: opens the parts again."""
-    return open_job(root, manifest, open_parts(spec))
+    return open_job(root, manifest, open_parts(spec), hold)
 
 
 def run_work(job: Job, work: Work) -> list[Receipt]:
@@ -79,24 +94,46 @@ def run_work(job: Job, work: Work) -> list[Receipt]:
         NonFiniteError: the teacher answered NaN or inf; names the sample.
     """
     # A worker may have died between two commits: what it did commit is not computed again.
-    done = {view: receipt for view in work.views if (receipt := _committed(job, view, work.shard))}
+    found = {view: _receipt(job, view, work.shard) for view in work.views}
+    done = {view: receipt for view, receipt in found.items() if receipt and is_current(receipt, work.poison)}
     shards = [_Shard(job, view, work.shard) for view in work.views if view not in done]
-    if not shards:
-        return list(done.values())
-    for start, stop in _micro_batches(*job.manifest.grid.span(work.shard), job.opened.spec.teacher.micro_batch):
-        decoded = job.opened.loader.decode(range(start, stop))
-        for shard in shards:
-            shard.answer(decoded)
-    done |= {shard.view: shard.commit() for shard in shards}
+    _answer(job, shards, work.shard, work.poison)
+    for shard in shards:
+        done[shard.view] = shard.commit(withdraw=found[shard.view] is not None)
     return [done[view] for view in work.views]
 
 
-def _committed(job: Job, view: int, shard: int) -> Receipt | None:
+def try_rows(job: Job, work: Work, rows: Collection[int]) -> None:
+    """Does with some rows of a shard all that the build does with them, the others left out, and writes nothing."""
+    shards = [_Shard(job, view, work.shard) for view in work.views]
+    _answer(job, shards, work.shard, {*range(*job.manifest.grid.span(work.shard))}.difference(rows))
+
+
+def _answer(job: Job, shards: list[_Shard], number: int, without: Collection[int]) -> None:
+    if not shards:
+        return
+    for start, stop in _micro_batches(*job.manifest.grid.span(number), job.micro_batch):
+        decoded = _decode(job, range(start, stop), without)
+        for shard in shards:
+            shard.answer(decoded)
+
+
+def _decode(job: Job, rows: Iterable[int], without: Collection[int]) -> Decoded:
+    """Rows of one micro-batch; those to be left out are not touched, and stand among the broken ones."""
+    wanted = list(rows)
+    decoded = job.opened.loader.decode([row for row in wanted if row not in without])
+    killers = [(row, KILLED) for row in wanted if row in without]
+    return replace(decoded, broken=sorted([*decoded.broken, *killers]))
+
+
+def _receipt(job: Job, view: int, shard: int) -> Receipt | None:
     path = receipt_path(view, shard)
     try:
         data = (job.root / path).read_bytes()
     except FileNotFoundError:
         return None
+    except OSError as error:
+        raise file_error(job.root / path, job.root, error, "cannot be read") from error
     return Receipt.from_bytes(data, path)
 
 
@@ -113,9 +150,12 @@ class Again:
 
 
 def answer_again(job: Job, view: int, row: int) -> Again:
-    """Computes the micro-batch that holds a row as the build did, and writes nothing."""
+    """Computes the micro-batch that holds a row as the build did, and writes nothing.
+
+    The job's loader must know the cache's tombstones, as `Cache.loader` does: one of them may kill this process.
+    """
     work = _Shard(job, view, row // job.manifest.grid.shard_rows)
-    size = job.opened.spec.teacher.micro_batch
+    size = job.micro_batch
     start = work.start + (row - work.start) // size * size
     stop = min(start + size, work.stop)
     work.answer(job.opened.loader.decode(range(start, stop)))
@@ -178,7 +218,8 @@ class _Shard:
         keep = [place for place, row in enumerate(rows) if row in self.sampled]
         self.measured += [rows[place] for place in keep]
         for field, encoding in self.job.encodings.items():
-            encoded = self._encode(field, encoding, rows, outputs[field])
+            read = HEAD_INPUT if encoding.name == "feature_head" else field
+            encoded = self._encode(field, encoding, rows, outputs[read])
             columns = self.columns[self.job.manifest.field_group(field, self.view).path]
             for name, values in encoded.items():
                 columns[name][local] = values
@@ -190,6 +231,8 @@ class _Shard:
         rows = decoded.rows.tolist()
         try:
             views = opened.loader.views(decoded, self.view, self.job.how)
+        except torch.OutOfMemoryError as error:
+            raise _out_of_memory(self._name(rows), self.job.micro_batch, self.view, error) from error
         except (SpecError, RuntimeError, ValueError) as error:
             hint = "Correct the recipe so that it holds for every sample."
             raise BuildError(self._name(rows), f"cannot be rendered: {error}", self.view, hint) from error
@@ -200,11 +243,13 @@ class _Shard:
         return views
 
     def _ask(self, rows: list[int], pixels_BCHW: Tensor) -> dict[str, Tensor]:
-        size = self.job.opened.spec.teacher.micro_batch
+        size = self.job.micro_batch
         try:
             outputs = self.job.opened.teacher(padded(pixels_BCHW, size))
         except TeacherCacheError:
             raise
+        except torch.OutOfMemoryError as error:
+            raise _out_of_memory(self._name(rows), size, self.view, error) from error
         except Exception as error:
             # Whatever a user's model raises ends the build; it is named and chained, never swallowed.
             hint = "Correct the model, then run the same command again: it goes on."
@@ -217,11 +262,11 @@ class _Shard:
 
     def _encode(self, field: str, encoding: Encoding, rows: list[int], values: Tensor) -> dict[str, NDArray[Any]]:
         try:
-            if isinstance(encoding, SampledLogits):
-                digests, seed = self.job.opened.digests[rows], self.job.opened.recipe.seed
-                words = view_words(digests, self.view, _SAMPLE_ADDRESS, encoding.blocks, seed)
-                return encoding.encode_drawn(values, words)
-            return encoding.encode(values)
+            if not isinstance(encoding, SampledLogits | Sequenced) or encoding.blocks == 0:
+                return encoding.encode(values)
+            digests, seed = self.job.opened.digests[rows], self.job.opened.recipe.seed
+            words = view_words(digests, self.view, _SAMPLE_ADDRESS, encoding.blocks, seed)
+            return encoding.encode_drawn(values, words)
         except NonFiniteError as error:
             row = rows[int(error.field.removeprefix("row "))]
             place = f"{self._name([row])}, view {self.view}, {field}"
@@ -232,6 +277,9 @@ class _Shard:
         labels = self.job.opened.source.labels
         # A mixed view has two labels: neither is the right answer.
         if labels is None or "logits" not in outputs or self.job.opened.recipe.mixing is not None:
+            return
+        # Nor has a sequence one answer for the row's label.
+        if outputs["logits"].ndim != 2:
             return
         self.labelled += len(rows)
         self.correct += int((outputs["logits"].argmax(1).cpu().numpy() == labels[rows]).sum())
@@ -252,9 +300,18 @@ class _Shard:
             found[field] = measure(torch.cat(self.exact[field]), target)
         return found
 
-    def commit(self) -> Receipt:
-        """Writes every file of the shard, then its receipt."""
+    def commit(self, withdraw: bool = False) -> Receipt:
+        """Writes every file of the shard, then its receipt.
+
+        Args:
+            withdraw: there is a receipt, of the shard as it was made with a row that kills in another view: it goes
+                before the files that it names change.
+        """
         job, files = self.job, []
+        if job.hold is not None:
+            job.hold.require(shard_claim(self.view, self.shard))
+        if withdraw:
+            (job.root / receipt_path(self.view, self.shard)).unlink(missing_ok=True)
         for group in job.manifest.groups(self.view):
             for record, data in job.store.pack(group, self.shard, self.columns[group.path]):
                 write_atomic(job.root, record.path, data)
@@ -272,3 +329,11 @@ class _Shard:
         )
         write_atomic(job.root, receipt_path(self.view, self.shard), receipt.to_bytes())
         return receipt
+
+
+def _out_of_memory(name: str, size: int, view: int, error: Exception) -> BuildError:
+    hint = (
+        "Free the device or run fewer workers, then run the same command again: it goes on. Or begin a new cache with "
+        "a smaller teacher.micro_batch, or with compute.on_oom: halve."
+    )
+    return BuildError(name, f"ran out of memory on a micro-batch of {size}: {error}", view, hint)

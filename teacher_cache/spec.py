@@ -12,7 +12,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from teacher_cache.errors import SpecError
 
@@ -149,11 +158,53 @@ class DenseU8(Strict):
         return self
 
 
+class DenseU4(Strict):
+    """Half a byte a logit: fifteen steps span each row's range."""
+
+    kind: Literal["dense_u4"]
+
+
+Tail = Literal["uniform", "prior", "ghost", "renormalise"]
+"""How the classes that a sparse encoding leaves out share their mass."""
+
+
 class TopK(Strict):
     """The k largest logits, and the log-mass of what was left out."""
 
     kind: Literal["top_k"]
     k: int = Field(gt=0)
+    values: Literal["f16", "u8"] = Field(default="f16", description="`u8`: 256 levels, fine near the maximum")
+    ids: Literal["whole", "packed"] = Field(default="whole", description="`packed`: as few bits as the classes need")
+    tail: Tail = Field(default="uniform", description="how the classes left out share their mass")
+
+    @model_serializer(mode="wrap")
+    def _short(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Caches of before these choices must keep their identity.
+        later = {name: TopK.model_fields[name].default for name in ("values", "ids", "tail")}
+        return {name: value for name, value in handler(self).items() if value != later.get(name, ...)}
+
+
+class Nucleus(Strict):
+    """The smallest set of classes that holds a share of the mass: few where the teacher is sure, more where not."""
+
+    kind: Literal["nucleus"]
+    mass: float = Field(gt=0, le=1, description="at T = 1; the set is the smallest that holds it")
+    cap: int = Field(gt=0, description="classes that a row may have at most")
+    values: Literal["f16", "u8"] = Field(default="f16", description="`u8`: 256 levels, fine near the maximum")
+
+
+class FeatureHead(Strict):
+    """What the teacher's last linear layer reads, a byte a number, and that layer once: logits at any temperature."""
+
+    kind: Literal["feature_head"]
+    head: str | None = Field(default=None, description="the nn.Linear that answers; the last one where not given")
+    width: int | None = Field(default=None, gt=0, description="of its input; found when planning")
+
+
+class U8Channel(Strict):
+    """One byte a number, with a range for each channel from calibration: features only."""
+
+    kind: Literal["u8_channel"]
 
 
 class SampledK(Strict):
@@ -165,7 +216,8 @@ class SampledK(Strict):
     scheme: Literal["threshold", "replacement"] = Field(default="threshold", description="`replacement` is a baseline")
 
 
-EncodingSpec = Annotated[DenseF32 | DenseF16 | DenseBF16 | DenseU8 | TopK | SampledK, Field(discriminator="kind")]
+AnyEncoding = DenseF32 | DenseF16 | DenseBF16 | DenseU8 | DenseU4 | TopK | SampledK | Nucleus | FeatureHead | U8Channel
+EncodingSpec = Annotated[AnyEncoding, Field(discriminator="kind")]
 
 
 class Auto(Strict):
@@ -177,9 +229,11 @@ class Auto(Strict):
     max_bytes: int | None = Field(default=None, gt=0, description="of a row")
 
 
-ChosenEncoding = Annotated[
-    DenseF32 | DenseF16 | DenseBF16 | DenseU8 | TopK | SampledK | Auto, Field(discriminator="kind")
-]
+ChosenEncoding = Annotated[AnyEncoding | Auto, Field(discriminator="kind")]
+
+HEAD_INPUT = "logits:head"
+"""The name under which a teacher answers what its head reads, beside its fields."""
+LOGITS_ONLY = ("top_k", "dense_u8", "dense_u4", "sampled_k", "nucleus", "feature_head", "auto")
 
 
 class FieldSpec(Strict):
@@ -237,8 +291,10 @@ class TeacherSpec(Strict):
                 raise ValueError(f"field {name!r} is none of `logits`, `feature:<node>` and `attention:<node>`")
             if kind == "attention" and field.pool != "none":
                 raise ValueError(f"field {name!r} is a map already: leave out `pool`")
-            if name != "logits" and field.encoding.kind in ("top_k", "dense_u8", "sampled_k", "auto"):
+            if name != "logits" and field.encoding.kind in LOGITS_ONLY:
                 raise ValueError(f"`{field.encoding.kind}` keeps logits only, and {name!r} is a feature")
+            if name == "logits" and field.encoding.kind == "u8_channel":
+                raise ValueError("`u8_channel` keeps features only: use dense_u8 for logits")
         return value
 
 
@@ -264,6 +320,9 @@ class ComputeSpec(Strict):
     threads: int = Field(default=1, gt=0, description="torch threads of one worker")
     views_per_decode: int = Field(default=4, gt=0, description="views made from one decoded image, in one shard's work")
     attempts: int = Field(default=3, gt=0, description="tries for a shard whose worker died")
+    on_oom: Literal["fail", "halve"] = Field(
+        default="fail", description="`halve` teacher.micro_batch until it fits the device, when a cache is begun"
+    )
 
 
 class FidelitySpec(Strict):

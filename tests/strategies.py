@@ -64,3 +64,26 @@ def values_of(part: Part, rows: int, seed: int) -> np.ndarray[tuple[int, ...], n
     """Random bytes read as rows of a part; NaNs and all."""
     raw = np.random.Generator(np.random.Philox(seed)).bytes(rows * part.row_bytes)
     return np.frombuffer(raw, part.dtype).reshape(rows, *part.shape)
+
+
+def _hard_rows(kind: str, batch: int, classes: int, seed: int) -> Tensor:
+    noise = torch.randn(batch, classes, generator=torch.Generator().manual_seed(seed))
+    if kind == "limit":
+        # Around 65,504, the largest of half precision: some rows fit and some do not.
+        return noise.sign() * 65_504 + noise * 20
+    if kind == "sure":
+        # All mass in one class: that of the others is 0 in every type.
+        return noise + 2000 * torch.nn.functional.one_hot(torch.arange(batch) % classes, classes)
+    if kind == "masked":
+        return torch.where(noise < 0, -1e9, noise).scatter(1, torch.zeros((batch, 1), dtype=torch.long), 1.0)
+    assert kind == "huge"
+    return noise.sign() * 1e37
+
+
+@st.composite
+def hard_logits(draw: st.DrawFn) -> Tensor:
+    """float32 [B, C]: those of `logits`, and rows that are one-hot, masked, near half precision's limit and beyond."""
+    if draw(st.booleans()):
+        return draw(logits())
+    kind = draw(st.sampled_from(["limit", "sure", "masked", "huge"]))
+    return _hard_rows(kind, draw(st.integers(1, 4)), draw(st.sampled_from([1, 2, 3, 12, 40, 257])), draw(SEEDS))

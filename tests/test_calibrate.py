@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 
 import teacher_cache as tc
 from teacher_cache.calibrate import _measured, calibrate, candidates
+from teacher_cache.choice import sampled_answers
 from teacher_cache.cli import app
 from teacher_cache.encodings import open_encoding, row_bytes
 from teacher_cache.encodings.calibration import Calibration
@@ -20,7 +22,7 @@ from teacher_cache.encodings.fidelity import measure_logits
 from teacher_cache.errors import MismatchError, SpecError
 from teacher_cache.manifest import read_manifest
 from teacher_cache.plan import open_parts
-from teacher_cache.spec import Auto, DenseF16, FieldSpec, TeacherSpec, parse
+from teacher_cache.spec import Auto, DenseF16, FieldSpec, Nucleus, TeacherSpec, TopK, parse
 
 
 def auto(**wishes: Any) -> dict[str, Any]:
@@ -35,7 +37,8 @@ def calibration(arrays: Path, tmp_path: Path, **wishes: Any) -> Calibration:
     opened = open_parts(spec_of(arrays, tmp_path / "cache", **wishes))
     wanted = opened.spec.teacher.fields["logits"].encoding
     assert isinstance(wanted, Auto)
-    return calibrate(wanted, opened.teacher, opened.loader, opened.digests, opened.spec.teacher.micro_batch)
+    answers = sampled_answers(opened.teacher, opened.loader, opened.digests, opened.spec.teacher.micro_batch)
+    return calibrate(wanted, torch.cat([answer["logits"] for answer in answers]))
 
 
 class TestChoice:
@@ -63,15 +66,21 @@ class TestChoice:
 
     @pytest.mark.parametrize("classes", [2, 10, 1000])
     def test_the_table_says_what_encodings_do(self, classes: int) -> None:
-        """Bytes as declared, KL as the build's own measure of fidelity has it, shares within 0..1."""
+        """Bytes as they are stored, KL as the build's own measure of fidelity has it, shares within 0..1."""
         exact_BC = 3 * torch.randn(40, classes, generator=torch.Generator().manual_seed(classes))
         table = list(_measured(exact_BC, (1.0, 4.0)))
         assert [item.encoding for item in table] == list(candidates(classes))
         for item in table:
             encoding = open_encoding(item.encoding, (classes,), "logits")
-            target = encoding.decode(encoding.encode(exact_BC))
+            columns = encoding.encode(exact_BC)
+            target = encoding.decode(columns)
             fidelity = measure_logits(exact_BC, target)
-            assert item.bytes == row_bytes(encoding)
+            if isinstance(item.encoding, Nucleus):
+                # A level and a class number for each kept class; count, tail and log-sum-exp for each row.
+                assert item.bytes == 4 + 2 + 2 + math.ceil((1 + 2) * float(columns["count"].mean()))
+                assert item.bytes <= row_bytes(encoding)
+            else:
+                assert item.bytes == row_bytes(encoding)
             assert item.kl["1"] == pytest.approx(max(0, fidelity["kl_t1"] / 40), rel=1e-3, abs=1e-7)
             assert item.kl["4"] == pytest.approx(max(0, fidelity["kl_t4"] / 40), rel=1e-3, abs=1e-7)
             p_BC, decoded_BC = exact_BC.double().softmax(1), target.log_probs(1).double().exp()
@@ -80,6 +89,30 @@ class TestChoice:
             assert 0 <= item.top1 <= 1
             off, whole = (decoded_BC - p_BC).norm(dim=1).mean(), (p_BC - 1 / classes).norm(dim=1).mean()
             assert item.gradient_error["1"] == pytest.approx(float(off / whole), abs=1e-6)
+
+    def test_candidates_are_the_small_forms(self) -> None:
+        """Top-k in levels and packed numbers, below C; a nucleus only where its cap leaves classes out."""
+        for classes in (2, 10, 256, 257, 1000):
+            specs = list(candidates(classes))
+            top = [spec for spec in specs if isinstance(spec, TopK)]
+            assert {(spec.values, spec.ids, spec.tail) for spec in top} == {("u8", "packed", "uniform")}
+            assert max(spec.k for spec in top) < classes
+            assert any(isinstance(spec, Nucleus) for spec in specs) == (classes > 256)
+            for spec in specs:
+                assert open_encoding(spec, (classes,)).parts
+
+    def test_sure_rows_make_a_nucleus_small(self) -> None:
+        """Its bytes are the mean over rows: where nearly all are sure of one class, it is what is picked."""
+        exact_BC = 3 * torch.randn(64, 2000, generator=torch.Generator().manual_seed(5))
+        exact_BC[torch.arange(60), torch.arange(60) * 7] += 40
+        found = calibrate(Auto(max_kl=0.01, temperatures=(1.0,)), exact_BC)
+        assert isinstance(found.chosen, Nucleus)
+        (chosen,) = [item for item in found.table if item.encoding == found.chosen]
+        columns = open_encoding(found.chosen, (2000,)).encode(exact_BC)
+        assert (columns["count"][:60] == 1).all()
+        assert chosen.bytes == 4 + 2 + 2 + math.ceil(3 * float(columns["count"].mean())) < 40
+        with pytest.raises(SpecError, match=f"in at most {chosen.bytes - 1} bytes"):
+            calibrate(Auto(max_kl=chosen.worst, temperatures=(1.0,), max_bytes=chosen.bytes - 1), exact_BC)
 
     def test_what_cannot_hold_the_logits_is_no_candidate(self) -> None:
         """Beyond half precision only dense_f32 is left."""
@@ -101,7 +134,7 @@ class TestBuild:
         assert tc.verify(tmp_path / "cache", recompute=20, views=20).ok
         tc.build(spec_of(arrays, tmp_path / "again", max_kl=1e-3), executor="serial")
         assert tree(tmp_path / "again") == tree(tmp_path / "cache")
-        monkeypatch.setattr("teacher_cache.plan.calibrate", None)
+        monkeypatch.setattr("teacher_cache.choice.calibrate", None)
         assert tc.build(spec, executor="serial").shards_built == 0
 
     def test_other_wishes_that_choose_otherwise_are_another_cache(self, arrays: Path, tmp_path: Path) -> None:

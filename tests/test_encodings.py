@@ -1,4 +1,4 @@
-"""The laws of encodings, one suite over every encoding."""
+"""What is particular to one encoding, and what a build reports; the laws they share: `test_encoding_laws`."""
 
 from __future__ import annotations
 
@@ -8,14 +8,28 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 from strategies import SEEDS, logits
 from torch import Tensor
 
-from teacher_cache.encodings import DenseTarget, Encoding, SparseTarget, joined, open_encoding, row_bytes
+from teacher_cache.encodings import (
+    DenseTarget,
+    Encoding,
+    FeatureHeadLogits,
+    NucleusLogits,
+    Shared,
+    SparseTarget,
+    U8ChannelFeatures,
+    joined,
+    open_encoding,
+)
+from teacher_cache.encodings.base import narrowest
 from teacher_cache.encodings.fidelity import measure_feature, measure_logits, total
-from teacher_cache.encodings.top_k import TopKLogits, narrowest
+from teacher_cache.encodings.packing import pack, unpack
+from teacher_cache.encodings.scales import from_levels, to_levels
+from teacher_cache.encodings.top_k import TopKLogits
+from teacher_cache.encodings.u8_channel import Ranges
 from teacher_cache.errors import NonFiniteError, SpecError
 from teacher_cache.spec import DenseBF16, DenseF16, DenseF32, DenseU8, EncodingSpec, FieldSpec, TeacherSpec, TopK, parse
 
@@ -49,46 +63,9 @@ def softmax(values_BC: Tensor, temperature: float) -> Tensor:
     return torch.log_softmax(values_BC.double() / temperature, dim=1)
 
 
-@ALL
-@given(values_BC=logits())
-def test_parts_are_as_declared(name: str, values_BC: Tensor) -> None:
-    """Names, types, shapes and bytes per row; the same values give the same bytes; the input stays as it was."""
-    encoding, before = opened(name, values_BC.shape[1]), values_BC.clone()
-    assume(name == "dense_f32" or values_BC.abs().max() < 60_000)
-    first, second = encoding.encode(values_BC), encoding.encode(values_BC)
-    assert set(first) == {part.name for part in encoding.parts}
-    for part in encoding.parts:
-        assert first[part.name].dtype == part.dtype
-        assert first[part.name].shape == (len(values_BC), *part.shape)
-        assert first[part.name].tobytes() == second[part.name].tobytes()
-    assert sum(column.nbytes for column in first.values()) == len(values_BC) * row_bytes(encoding)
-    assert torch.equal(values_BC, before)
-
-
-@ALL
-@given(values_BC=logits())
-def test_a_row_does_not_depend_on_its_batch(name: str, values_BC: Tensor) -> None:
-    """Encoding rows one by one gives the bytes of encoding them together."""
-    encoding = opened(name, values_BC.shape[1])
-    together = encoding.encode(values_BC)
-    for row in range(len(values_BC)):
-        alone = encoding.encode(values_BC[row : row + 1])
-        for part, column in alone.items():
-            assert column.tobytes() == together[part][row : row + 1].tobytes()
-
-
 @given(values_BC=logits())
 def test_dense_f32_is_exact(values_BC: Tensor) -> None:
     assert torch.equal(round_trip("dense_f32", values_BC).values, values_BC)
-
-
-@given(values_BC=logits())
-def test_dense_f16_keeps_eleven_bits(values_BC: Tensor) -> None:
-    """Relative error at most 2⁻¹¹ for normal numbers, absolute 2⁻²⁵ below them; still half precision."""
-    target = round_trip("dense_f16", values_BC)
-    assert target.values.dtype == torch.float16
-    error = (target.values.double() - values_BC.double()).abs()
-    assert bool((error <= values_BC.double().abs() * 2.0**-11 + 2.0**-25).all())
 
 
 @given(values_BC=logits())
@@ -130,7 +107,7 @@ def test_dense_u8_is_half_a_step_off(name: str, values_BC: Tensor) -> None:
     assert target.values.dtype == torch.uint8
     below_BC = values_BC.double().amax(1, keepdim=True) - values_BC.double()
     step_B1 = steps_of(name, values_BC)[:, None]
-    error_BC = (target.values.double() * target.steps.step_B.double()[:, None] - below_BC).abs()
+    error_BC = (target.values.double() * target.scale.step_B.double()[:, None] - below_BC).abs()
     inside_BC = below_BC <= 255 * step_B1
     allowed_BC = step_B1 / 2 + 1e-6 + below_BC * 2.0**-22
     assert bool((error_BC <= allowed_BC)[inside_BC].all())
@@ -152,19 +129,6 @@ def test_dense_u8_keeps_its_declared_error(name: str, temperature: int, values_B
     # Log-probabilities are float32: their own rounding is allowed for.
     rounding_B = 1e-5 + decoded_BC.abs().amax(1) * 2.0**-22
     assert bool((kl_B <= (step_B / temperature) ** 2 / 8 + cut + rounding_B).all())
-
-
-@QUANTISED
-@given(seed=SEEDS, classes=st.integers(2, 300), shift=st.integers(-60, 60))
-def test_dense_u8_does_not_see_a_shift(name: str, seed: int, classes: int, shift: int) -> None:
-    """Adding a constant to a row changes its maximum and its log-sum-exp, and nothing else."""
-    generator = torch.Generator().manual_seed(seed)
-    values_BC = torch.randint(-400, 400, (3, classes), generator=generator) * 2.0**-5
-    encoding = opened(name, classes)
-    here, there = encoding.encode(values_BC), encoding.encode(values_BC + shift)
-    for part in set(here) - {"maximum", "lse"}:
-        assert here[part].tobytes() == there[part].tobytes()
-    assert np.abs(there["maximum"].astype(float) - here["maximum"] - shift).max() <= 0.07
 
 
 def test_dense_u8_by_hand() -> None:
@@ -201,54 +165,6 @@ def test_dense_u8_is_for_logits_and_takes_a_step_where_it_means_something() -> N
         parse(FieldSpec, {"encoding": {"kind": "dense_u8", "step": 0}}, "test")
 
 
-@pytest.mark.parametrize("name", ["top_1", "top_5", "top_all"])
-@given(values_BC=logits())
-def test_top_k_keeps_the_largest(name: str, values_BC: Tensor) -> None:
-    """Ids are unique, in range, in the narrowest type, by falling logit and rising class where tied."""
-    target = round_trip(name, values_BC)
-    classes, kept = values_BC.shape[1], target.values_BK.shape[1]
-    ids = target.indices_BK.numpy().astype(int)
-    assert target.indices_BK.numpy().dtype == narrowest(classes)
-    for row, exact in enumerate(values_BC.tolist()):
-        by_value_then_class = sorted(range(classes), key=lambda c, exact=exact: (-exact[c], c))  # type: ignore[misc]
-        assert ids[row].tolist() == by_value_then_class[:kept]
-        shifted = values_BC[row, ids[row]].double() - values_BC[row].double().max()
-        error = (target.values_BK[row].double() - shifted).abs()
-        assert bool((error <= shifted.abs() * 2.0**-10 + 2.0**-24).all())
-
-
-@pytest.mark.parametrize("name", ["top_1", "top_5", "top_all"])
-@given(values_BC=logits())
-def test_top_k_stores_the_mass_of_the_tail(name: str, values_BC: Tensor) -> None:
-    """`tail_logmass` is the log-mass of the classes left out, less the maximum; `lse` is raw."""
-    target = round_trip(name, values_BC)
-    kept = target.values_BK.shape[1]
-    down = values_BC.double().sort(dim=1, descending=True).values
-    tail_B = torch.logsumexp((down - down[:, :1])[:, kept:], dim=1)
-    if kept == values_BC.shape[1]:
-        assert bool((target.tail_logmass_B == -math.inf).all())
-    else:
-        assert torch.allclose(target.tail_logmass_B.double(), tail_B, rtol=2**-10, atol=2**-20)
-    lse_B = torch.logsumexp(values_BC.double(), dim=1)
-    assert torch.allclose(target.lse_B.double(), lse_B, rtol=2**-10, atol=2**-20)
-
-
-@ALL
-@pytest.mark.parametrize("temperature", [1, 2, 4])
-@given(values_BC=logits())
-def test_mass_is_one_at_every_temperature(name: str, temperature: int, values_BC: Tensor) -> None:
-    """A decoded distribution sums to one, and has no NaN."""
-    log_probs = round_trip(name, values_BC).log_probs(temperature)
-    assert log_probs.dtype == torch.float32
-    assert log_probs.shape == values_BC.shape
-    assert not bool(log_probs.isnan().any())
-    mass = log_probs.double().exp().sum(1)
-    assert bool(((mass - 1).abs() <= 1e-5).all())
-    # The project's own bound holds for the sum as distilled: nothing is ever added beyond rounding.
-    if values_BC.abs().max() < 100:
-        assert bool((mass <= 1 + 2e-6).all()), mass.max()
-
-
 @pytest.mark.parametrize("name", ["dense_f32", "dense_f16"])
 @given(values_BC=logits())
 def test_the_best_class_stays_the_best(name: str, values_BC: Tensor) -> None:
@@ -275,26 +191,14 @@ def test_the_first_kept_class_is_the_likeliest(name: str, values_BC: Tensor) -> 
 def test_sparse_and_full_forms_agree(name: str, temperature: int, values_BC: Tensor) -> None:
     """`log_probs_sparse` is `log_probs` gathered, and what is left out has one value, never above the kept."""
     target = round_trip(name, values_BC)
-    kept_BK, each_B = target.log_probs_sparse(temperature)
+    kept_BK, rest = target.log_probs_sparse(temperature)
+    each_B = rest.each_B
     full_BC = target.log_probs(temperature)
     ids = target.indices_BK.long()
     assert torch.equal(full_BC.gather(1, ids), kept_BK)
     left = torch.ones_like(full_BC, dtype=torch.bool).scatter(1, ids, False)
     assert torch.equal(full_BC[left], each_B.repeat_interleave(left.sum(1)))
     assert bool((each_B <= kept_BK[:, -1]).all())
-
-
-@given(seed=SEEDS, classes=st.integers(2, 300), k=st.integers(1, 300), shift=st.integers(-60, 60))
-def test_top_k_does_not_see_a_shift(seed: int, classes: int, k: int, shift: int) -> None:
-    """Adding a constant to all logits of a row changes `lse` and nothing else."""
-    generator = torch.Generator().manual_seed(seed)
-    values_BC = torch.randint(-400, 400, (3, classes), generator=generator) * 2.0**-5
-    encoding = TopKLogits(classes, min(k, classes))
-    here, there = encoding.encode(values_BC), encoding.encode(values_BC + shift)
-    for part in ("values", "indices", "tail_logmass"):
-        assert here[part].tobytes() == there[part].tobytes()
-    moved = there["lse"].astype(float) - here["lse"].astype(float)
-    assert np.abs(moved - shift).max() <= 0.07
 
 
 @given(seed=SEEDS, classes=st.integers(1, 300))
@@ -315,7 +219,8 @@ def test_top_k_keeps_the_probabilities_of_what_it_keeps(seed: int, classes: int)
     """At T = 1 the kept classes have the teacher's own probabilities: the tail is stored, not derived."""
     values_BC = 4 * torch.randn(4, classes, generator=torch.Generator().manual_seed(seed))
     target = round_trip("top_5", values_BC)
-    kept_BK, each_B = target.log_probs_sparse()
+    kept_BK, rest = target.log_probs_sparse()
+    each_B = rest.each_B
     exact_BK = softmax(values_BC, 1).gather(1, target.indices_BK.long())
     assert (kept_BK.double() - exact_BK).abs().max() < 0.03
     tail_B = (each_B.double() + math.log(classes - 5)).exp()
@@ -326,21 +231,9 @@ def test_top_k_keeps_the_probabilities_of_what_it_keeps(seed: int, classes: int)
 def test_a_confident_row_keeps_a_tiny_tail() -> None:
     """A tail of 1e-9 survives: from rounded probabilities it would be 0 or negative."""
     values_BC = torch.tensor([[30.0, 9.0, 8.0, 7.0]])
-    _, each_B = round_trip("top_1", values_BC).log_probs_sparse()
+    each_B = round_trip("top_1", values_BC).log_probs_sparse()[1].each_B
     exact = torch.logsumexp(values_BC[:, 1:].double(), 1) - torch.logsumexp(values_BC.double(), 1)
     assert abs(float(each_B[0]) + math.log(3) - float(exact)) < 0.01
-
-
-@ALL
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-@given(values_BC=logits(), data=st.data())
-def test_not_finite_is_refused_by_row(name: str, bad: float, values_BC: Tensor, data: st.DataObject) -> None:
-    """NaN and inf never enter a cache; the message names the row."""
-    row = data.draw(st.integers(0, len(values_BC) - 1))
-    values_BC[row, data.draw(st.integers(0, values_BC.shape[1] - 1))] = bad
-    with pytest.raises(NonFiniteError) as caught:
-        opened(name, values_BC.shape[1]).encode(values_BC)
-    assert caught.value.field == f"row {row}"
 
 
 @pytest.mark.parametrize("name", ["dense_f16", "top_5"])
@@ -351,6 +244,72 @@ def test_overflow_of_half_precision_is_refused(name: str) -> None:
     with pytest.raises(NonFiniteError, match="row 1"):
         opened(name, 5).encode(values_BC)
     assert torch.equal(round_trip("dense_f32", values_BC).values, values_BC)
+
+
+@pytest.mark.parametrize("classes", [1, 2, 3, 10, 256, 257, 1000, 65_537, 256_000, 2**25, 2**26, 2**32])
+@given(data=st.data())
+def test_packed_numbers_come_back(classes: int, data: st.DataObject) -> None:
+    """Of any number of classes up to 2³², in ⌈count · bits ÷ 8⌉ bytes; the first number is in the lowest bits."""
+    numbers = st.sampled_from([0, classes - 1]) | st.integers(0, classes - 1)
+    indices_BK = torch.tensor(data.draw(st.lists(st.lists(numbers, min_size=5, max_size=5), min_size=1, max_size=3)))
+    packed_BN = pack(indices_BK, classes)
+    bits = max(1, len(f"{classes - 1:b}"))
+    assert packed_BN.shape == (len(indices_BK), -(-5 * bits // 8))
+    assert packed_BN.dtype == torch.uint8
+    for row, numbers_K in zip(packed_BN, indices_BK.tolist(), strict=True):
+        by_hand = sum(number << place * bits for place, number in enumerate(numbers_K))
+        assert int.from_bytes(row.numpy().tobytes(), "little") == by_hand
+    assert torch.equal(unpack(packed_BN, 5, classes).long(), indices_BK)
+
+
+def test_masked_classes_are_not_in_a_nucleus() -> None:
+    """Rounding may keep the mass of all classes below 1: those without any, beyond half precision, stay out of it."""
+    values_BC = torch.full((64, 40), -1e9)
+    values_BC[:, :9] = torch.randn(64, 9, generator=torch.Generator().manual_seed(0))
+    columns = NucleusLogits(40, 1.0, 40).encode(values_BC)
+    assert columns["count"].max() <= 9
+
+
+def test_a_nucleus_that_holds_its_mass_exactly_is_complete() -> None:
+    """Two equal classes hold a half each: one of them is the nucleus of a half, the first."""
+    columns = NucleusLogits(2, 0.5, 2).encode(torch.zeros(1, 2))
+    assert columns["count"].tolist() == [1]
+    assert columns["indices"].tolist() == [[0, 255]]
+
+
+def test_features_beyond_their_channel_are_kept_at_its_end() -> None:
+    """Levels do not wrap: what lies below or above a channel's calibrated range is decoded to the range's end."""
+    ranges = Ranges(0)
+    ranges.see(torch.tensor([[0.0, -8.0], [4.0, 8.0]]))
+    shared = Shared("ends", {name: torch.from_numpy(array) for name, array in ranges.constants().items()})
+    for encoding in (U8ChannelFeatures((2,), shared), FeatureHeadLogits(3, 2, shared)):
+        columns = encoding.encode(torch.tensor([[-1e9, 1e9], [1e9, -1e9]]))
+        assert columns["values"].tolist() == [[0, 255], [255, 0]]
+    # An eighth of the range is kept free at each end, except below a channel that is never negative.
+    encoding = U8ChannelFeatures((2,), shared)
+    target = encoding.decode(encoding.encode(torch.tensor([[-1e9, -1e9], [1e9, 1e9]])))
+    torch.testing.assert_close(target.dense().values, torch.tensor([[0.0, -10.0], [4.5, 10.0]]))
+
+
+def test_a_prior_that_has_never_seen_a_class_is_sound() -> None:
+    """Masked while calibrating (−1e9, or no number at all) and not in this row: it shares what is left, without NaN."""
+    values_BC = torch.tensor([[3.0, 2.0, 1.0, 0.5, 0.25]])
+    for never in (-1e9, -math.inf):
+        prior = Shared(f"{never}", {"prior": torch.tensor([-0.1, -2.4, -3.0, never, never])})
+        for k, even in ((3, [3, 4]), (1, [3, 4])):
+            encoding = TopKLogits(5, k, tail="prior", prior=prior)
+            log_probs = encoding.decode(encoding.encode(values_BC)).log_probs()
+            assert log_probs[0, even[0]] == log_probs[0, even[1]]
+            assert float(log_probs.exp().sum()) == pytest.approx(1, abs=1e-6)
+            kept = values_BC.log_softmax(1)[:, :k]
+            torch.testing.assert_close(log_probs[:, :k], kept, rtol=0, atol=3e-3)
+
+
+def test_levels_reach_sixty_four_nats() -> None:
+    """Level 255 is 64 nats below the maximum; what is deeper is kept there, masked classes too."""
+    depths = torch.tensor([[0.0, 64 / 255**2, 16.0, 64.0, 64.3, 1000.0, 1e9]])
+    assert to_levels(depths).tolist() == [[0, 1, 128, 255, 255, 255, 255]]
+    assert from_levels(to_levels(depths))[0, 3:].tolist() == [-64.0] * 4
 
 
 def test_k_above_the_classes_is_refused() -> None:
@@ -366,14 +325,6 @@ def test_k_above_the_classes_is_refused() -> None:
 )
 def test_the_narrowest_type_holds_every_class(classes: int, dtype: str) -> None:
     assert narrowest(classes) == dtype
-
-
-def test_the_last_class_of_a_full_type_survives() -> None:
-    """Class 255 of 256 and 65,535 of 65,536: ids are not masked or wrapped."""
-    for classes in (256, 257, 65_536, 65_537):
-        values_BC = torch.zeros(1, classes)
-        values_BC[0, -1] = 5
-        assert int(round_trip("top_1", values_BC).log_probs().argmax(1)) == classes - 1
 
 
 @given(seed=SEEDS, shape=st.lists(st.integers(1, 4), min_size=1, max_size=3))

@@ -116,13 +116,14 @@ def test_a_copy_in_another_process_is_a_cache(built: Path) -> None:
 
 def test_many_shards_do_not_stay_open(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The least recently used are closed; what is read stays right."""
-    monkeypatch.setattr("teacher_cache.reader._room", lambda manifest: 2)
+    monkeypatch.setattr("teacher_cache.storage.zarr_groups._MOST_FILES", 5)
+    monkeypatch.setattr("teacher_cache.storage.parquet_groups._MOST_BYTES", 700)
     cache = tc.open(built)
     for _ in range(2):
         for view in range(2):
             whole = cache.read("logits", view, range(ROWS)).dense().values
             assert (whole.numpy() == expected_logits(cache.render(view, range(ROWS)))).all()
-    assert len(cache._shards) == 2
+        assert sum(reader.load for reader in cache._readers.values()) <= 1
 
 
 def test_a_low_limit_of_open_files_is_respected(arrays: Path, tmp_path: Path) -> None:

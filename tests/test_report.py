@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import teacher_cache as tc
+from teacher_cache.begin import begin
 from teacher_cache.errors import BuildError, CorruptionError, SpecError
-from teacher_cache.plan import begin, open_parts
+from teacher_cache.plan import open_parts
 from teacher_cache.report import write_report
 from teacher_cache.report_rows import Picks, pick
 from teacher_cache.shard_job import Work, open_job, run_work

@@ -1,7 +1,8 @@
-"""Sampled targets: unbiased, of mass one, seeded by address, and for one temperature only."""
+"""Sampled targets: drawn by definition, seeded by address, for one temperature only; laws: `test_encoding_laws`."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import SEEDS, logits
+from strategies import SEEDS
 from torch import Tensor
 from toy_builds import ROWS, expected_logits, toy_spec, tree
 
 import teacher_cache as tc
 from student_train import KD, Objective, ViewStream
-from teacher_cache.encodings import SampledLogits, SparseTarget, joined, open_encoding, row_bytes
+from teacher_cache.encodings import SampledLogits, Sequenced, SparseTarget, joined, open_encoding
 from teacher_cache.errors import MismatchError, NonFiniteError, SpecError
 from teacher_cache.fingerprint import key_digests
 from teacher_cache.report import write_report
@@ -39,67 +40,6 @@ def drawn(encoding: SampledLogits, values_BC: Tensor, view: int = 0) -> SparseTa
     return encoding.decode(encoding.encode_drawn(values_BC, words_of(len(values_BC), encoding, view)))
 
 
-@SCHEMES
-@given(values_BC=logits(), k=st.integers(1, 40), temperature=st.sampled_from([0.5, 1.0, 4.0]))
-def test_every_row_has_k_classes_and_mass_one(scheme: Scheme, values_BC: Tensor, k: int, temperature: float) -> None:
-    """Ids are unique and in range, bytes are as declared, the input stays as it was, no NaN anywhere."""
-    encoding, before = opened(values_BC.shape[1], k, scheme, temperature), values_BC.clone()
-    words = words_of(len(values_BC), encoding)
-    columns = encoding.encode_drawn(values_BC, words)
-    assert set(columns) == {part.name for part in encoding.parts}
-    for part in encoding.parts:
-        assert columns[part.name].dtype == part.dtype
-        assert columns[part.name].shape == (len(values_BC), *part.shape)
-        assert np.isfinite(columns[part.name].astype(float)).all()
-    assert sum(column.nbytes for column in columns.values()) == len(values_BC) * row_bytes(encoding)
-    ids = columns["indices"].astype(int)
-    assert all(len(set(row)) == encoding.k for row in ids.tolist())
-    assert ids.max() < values_BC.shape[1]
-    mass = encoding.decode(columns).log_probs(temperature).double().exp().sum(1)
-    assert bool(((mass - 1).abs() <= 1e-6).all())
-    # The stored weights themselves sum to one: normalising on reading changes nothing but the last bits.
-    assert np.abs(np.exp(columns["values"].astype(float)).sum(1) - 1).max() < 1e-5
-    assert torch.equal(values_BC, before)
-
-
-@SCHEMES
-@given(values_BC=logits(), k=st.integers(1, 20))
-def test_a_row_does_not_depend_on_its_batch(scheme: Scheme, values_BC: Tensor, k: int) -> None:
-    encoding = opened(values_BC.shape[1], k, scheme)
-    words = words_of(len(values_BC), encoding)
-    together = encoding.encode_drawn(values_BC, words)
-    for row in range(len(values_BC)):
-        alone = encoding.encode_drawn(values_BC[row : row + 1], words[row : row + 1])
-        assert all(alone[part].tobytes() == together[part][row : row + 1].tobytes() for part in together)
-
-
-@SCHEMES
-@given(seed=SEEDS, shift=st.integers(-40, 40))
-def test_a_shift_of_all_logits_changes_nothing(scheme: Scheme, seed: int, shift: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    values_BC = torch.randint(-300, 300, (3, 50), generator=generator) * 2.0**-5
-    encoding = opened(50, 8, scheme)
-    here, there = (encoding.encode_drawn(values_BC + by, words_of(3, encoding)) for by in (0, shift))
-    assert (here["indices"] == there["indices"]).all()
-    assert np.abs(here["values"] - there["values"]).max() < 1e-5
-
-
-@SCHEMES
-@pytest.mark.parametrize("temperature", [1.0, 3.0])
-def test_the_expectation_is_the_teachers_distribution(scheme: Scheme, temperature: float) -> None:
-    """z-scores of the mean of 20,000 draws, each class: above 6 by chance less than once in 10⁷ (fixed addresses)."""
-    values_1C = torch.tensor([[6.0, 5.5, 3.0, 2.9, 1.0, 0.0, 0.0, -1.0, -2.0, -3.0, -3.5, -8.0]])
-    encoding, count = opened(12, 4, scheme, temperature), 20_000
-    p_C = torch.softmax(values_1C.double() / temperature, dim=1)[0]
-    target = drawn(encoding, values_1C.expand(count, -1))
-    weights_BC = target.log_probs(temperature).double().exp()
-    error_C = weights_BC.std(dim=0).clamp(min=1e-9) / count**0.5
-    # A class that was drawn seldom or never has no spread of its own: weights of at most 1 / k bound it.
-    floor_C = (p_C / encoding.k / count).sqrt()
-    z_C = (weights_BC.mean(0) - p_C).abs() / torch.maximum(error_C, floor_C)
-    assert bool((z_C < 6).all()), z_C
-
-
 def test_threshold_sampling_by_its_definition() -> None:
     """Σ min(1, p ⁄ τ) = k; the sure classes are always there with their own weight, the others weigh τ."""
     values_BC = torch.log(torch.tensor([[0.5, 0.2, 0.1, 0.08, 0.06, 0.04, 0.02]])).expand(500, -1)
@@ -109,11 +49,71 @@ def test_threshold_sampling_by_its_definition() -> None:
     p = values_BC[0].double().exp()
     assert float(p.div(tau).clamp(max=1).sum()) == pytest.approx(3, rel=1e-6)
     assert (columns["indices"][:, 0] == 0).all()
-    weights = np.exp(columns["values"].astype(float))
-    assert weights[:, 0] == pytest.approx(0.5, rel=1e-6)
-    assert weights[:, 1:] == pytest.approx(tau, rel=1e-6)
+    # Stored are the classes' own probabilities; what they weigh is worked out with τ.
+    own = np.exp(columns["values"].astype(float))
+    assert own == pytest.approx(p.numpy()[columns["indices"].astype(int)], rel=1e-5)
+    target = encoding.decode(columns)
+    weights = target.log_probs(1.0).exp().gather(1, target.indices_BK.long())
+    torch.testing.assert_close(weights[:, 0], torch.full((500,), 0.5))
+    torch.testing.assert_close(weights[:, 1:], torch.full((500, 2), tau))
     shares = np.bincount(columns["indices"][:, 1:].ravel(), minlength=7)[1:] / 500
     assert np.abs(shares - (p[1:] / tau).numpy()).max() < 0.12
+
+
+@given(seed=SEEDS, k=st.integers(1, 12), temperature=st.sampled_from([0.5, 1.0, 4.0]))
+def test_inclusion_is_min_1_p_over_tau(seed: int, k: int, temperature: float) -> None:
+    """Of every stored class, with p worked out anew and τ such that the probabilities of all classes sum to k."""
+    values_BC = 4 * torch.randn(3, 12, generator=torch.Generator().manual_seed(seed))
+    encoding = opened(12, k, "threshold", temperature)
+    columns = encoding.encode_drawn(values_BC, words_of(3, encoding))
+    p_BC = torch.softmax(values_BC.double() / temperature, dim=1)
+    ids_BK = torch.from_numpy(columns["indices"].astype(np.int64))
+    threshold_B1 = torch.from_numpy(columns["threshold"]).double()[:, None]
+    all_BC = (p_BC / threshold_B1).clamp(max=1)
+    torch.testing.assert_close(all_BC.sum(1), torch.full((3,), float(k)).double(), rtol=1e-5, atol=0)
+    found_BK = encoding.inclusion(columns)
+    torch.testing.assert_close(found_BK.double(), all_BC.gather(1, ids_BK), rtol=1e-5, atol=1e-7)
+
+
+@SCHEMES
+def test_positions_of_a_sequence_draw_with_words_of_their_own(scheme: Scheme) -> None:
+    """Position t draws with the t-th share of its row's words: equal positions are not drawn alike."""
+    inner = opened(50, 6, scheme)
+    encoding, values_BTC = Sequenced(inner, 3), torch.zeros(4, 3, 50)
+    words_BW = view_words(key_digests(["a", "b", "c", "d"]), 0, 9, encoding.blocks, 3)
+    columns = encoding.encode_drawn(values_BTC, words_BW)
+    width = 4 * inner.blocks
+    for place in range(3):
+        alone = inner.encode_drawn(values_BTC[:, place], words_BW[:, place * width : (place + 1) * width])
+        assert all((columns[part][:, place] == alone[part]).all() for part in columns)
+    assert (columns["indices"][:, 0] != columns["indices"][:, 1]).any()
+
+
+def test_inclusion_is_how_often_a_class_is_drawn() -> None:
+    """20,000 draws: each class comes as often as it says, within six standard deviations (below 10⁻⁷ by chance)."""
+    values_1C = torch.tensor([[3.0, 2.5, 1.0, 0.9, 0.0, -0.5, -1.0, -3.0]])
+    encoding, count = opened(8, 3, "threshold"), 20_000
+    columns = encoding.encode_drawn(values_1C.expand(count, -1), words_of(count, encoding))
+    ids, said = columns["indices"].astype(int).ravel(), encoding.inclusion(columns).numpy().ravel()
+    often = np.bincount(ids, minlength=8) / count
+    for number in np.unique(ids):
+        (chance,) = np.unique(said[ids == number])
+        assert abs(often[number] - chance) <= 6 * math.sqrt(chance * (1 - chance) / count) + 1e-9
+    with pytest.raises(TypeError, match="no threshold"):
+        opened(8, 3, "replacement").inclusion(columns)
+
+
+def test_a_sure_row_has_a_threshold_of_nothing() -> None:
+    """All mass in one class leaves τ = 0: that class is kept with all of it, and those that fill up weigh nothing."""
+    values_BC = torch.full((2, 6), -2000.0)
+    values_BC[:, 4] = 5.0
+    encoding = opened(6, 3, "threshold")
+    columns = encoding.encode_drawn(values_BC, words_of(2, encoding))
+    assert columns["threshold"].tolist() == [0.0, 0.0]
+    assert (columns["indices"][:, 0] == 4).all()
+    probs_BC = encoding.decode(columns).log_probs(1.0).exp()
+    assert torch.equal(probs_BC, torch.nn.functional.one_hot(torch.tensor([4, 4]), 6).float())
+    assert encoding.inclusion(columns)[:, 0].tolist() == [1.0, 1.0]
 
 
 def test_it_has_less_noise_than_drawing_with_replacement() -> None:

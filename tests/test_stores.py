@@ -16,17 +16,70 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import zarr
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 from strategies import SEEDS, grids, parts, values_of
 
 from teacher_cache.encodings import Part
 from teacher_cache.errors import BuildError, CorruptionError
-from teacher_cache.storage import FileRecord, Grid, Group, Store, crc32c, open_store, write_atomic
+from teacher_cache.storage import FileRecord, Grid, Group, GroupReader, Store, crc32c, open_store, write_atomic
 from teacher_cache.storage.files import remove_temporary
 
 KINDS = pytest.mark.parametrize("kind", ["zarr", "parquet"])
+RAGGED = pytest.mark.parametrize("ragged", [False, True], ids=["plain", "ragged"])
+TOMBSTONE = 2**32 - 1
 Packed = list[list[tuple[FileRecord, bytes]]]
+
+
+@st.composite
+def groups(draw: st.DrawFn, path: str = "teachers/t/logits/v0001") -> Group:
+    """One part of any type and shape; or such a part beside two whose rows differ in length, and their count."""
+    part = draw(parts())
+    if draw(st.booleans()):
+        return Group(path, (part,))
+    # 2,100 elements a row are more than one chunk takes, so that chunks and rows are out of step.
+    cap = draw(st.sampled_from([1, 2, 3, 5, 2100]))
+    dtypes = st.sampled_from(["float16", "float32", "uint8", "uint16"])
+    ragged = [Part(name, draw(dtypes), (cap,), ragged=True) for name in ("depths", "indices")]
+    return Group(path, (ragged[0], Part("count", "uint32", ()), part, ragged[1]))
+
+
+def columns_of(group: Group, rows: int, seed: int) -> dict[str, Any]:
+    """Random rows as a build packs them: some ragged ones full, some empty, some of tombstones."""
+    columns: dict[str, Any] = {part.name: values_of(part, rows, seed) for part in group.parts}
+    if group.ragged:
+        random = np.random.Generator(np.random.Philox(seed + 1))
+        most = random.choice([0, 1, group.cap])
+        count = random.integers(0, most + 1, rows, np.uint32)
+        count[random.random(rows) < 0.2] = TOMBSTONE
+        columns["count"] = count
+        for part in group.ragged:
+            columns[part.name] = filled(part, columns[part.name], read_back(columns)["count"])
+    return columns
+
+
+def filled(part: Part, values: Any, count: Any) -> Any:
+    """The same rows with the fill value beyond their counts."""
+    fill = np.array(part.fill, part.dtype)
+    return np.stack(
+        [np.append(row[:n], np.repeat(fill, part.shape[0] - n)) for row, n in zip(values, count, strict=True)]
+    )
+
+
+def read_back(columns: dict[str, Any]) -> dict[str, Any]:
+    """What is gathered of packed columns: all of them as they were, but a tombstone's count is 0."""
+    if "count" not in columns:
+        return columns
+    count = columns["count"]
+    return {**columns, "count": np.where(count == TOMBSTONE, 0, count).astype(np.uint32)}
+
+
+def read_from(kind: str, group: Group, path: str) -> list[str]:
+    """The parts that cannot be read without a file."""
+    if kind == "parquet":
+        return [part.name for part in group.parts]
+    array = path.split("/c/")[0].rpartition("/")[2]
+    return ["count", *(part.name for part in group.ragged)] if array == "offsets" else [array]
 
 
 def pack_all(store: Store, group: Group, grid: Grid, columns: dict[str, Any]) -> Packed:
@@ -49,50 +102,71 @@ def written(store: Store, group: Group, packed: Packed) -> Iterator[Path]:
 
 
 def gather(store: Store, root: Path, group: Group, grid: Grid, packed: Packed, part: str, rows: Any) -> Any:
-    """Rows of the whole array, through `open_shard`."""
-    shards, inside = np.divmod(np.asarray(rows), grid.shard_rows)
-    readers = {
-        int(n): store.open_shard(root, group, int(n), {record.path: record for record, _ in packed[n]})
-        for n in np.unique(shards)
-    }
-    gathered = [readers[int(n)].gather(part, np.array([i])) for n, i in zip(shards, inside, strict=True)]
-    return np.concatenate(gathered)
+    """Rows of the whole array, all at once, and again one by one into an array that is there already."""
+    reader = opened(store, root, group, packed)
+    together = reader.gather(part, np.asarray(rows, np.int64))
+    alone = np.empty_like(together)
+    for place, row in enumerate(rows):
+        assert reader.gather(part, np.array([row]), alone[place : place + 1]).base is not None
+    assert alone.tobytes() == together.tobytes()
+    return together
 
 
-def small(kind: str, seed: int = 0) -> tuple[Store, Group, Grid, Packed, dict[str, Any]]:
-    """Two shards, the last ragged, of two parts."""
+def opened(store: Store, root: Path, group: Group, packed: Packed) -> GroupReader:
+    """A reader of what was written."""
+    return store.open_group(root, group, lambda shard: {record.path: record for record, _ in packed[shard]})
+
+
+def small(kind: str, seed: int = 0, ragged: bool = False) -> tuple[Store, Group, Grid, Packed, dict[str, Any]]:
+    """Two shards, the last with three rows of four, of two parts; with `ragged`, two more and their count."""
     grid = Grid(7, 4, 2)
-    group = Group("views/v0000", (Part("digest", "uint64", ()), Part("params", "int32", (3,))))
+    plain = (Part("digest", "uint64", ()), Part("params", "int32", (3,)))
+    more = (Part("depths", "float16", (3,), True), Part("indices", "uint8", (3,), True), Part("count", "uint32", ()))
+    group = Group("views/v0000", (*plain, *more) if ragged else plain)
     store = open_store(kind, grid)  # type: ignore[arg-type]
     columns = {part.name: values_of(part, grid.rows, seed) for part in group.parts}
+    if ragged:
+        # One chunk of two, and one that is full; with another seed two, and one that is not.
+        counts = [[2, 0, TOMBSTONE, 3, 1, 3, 2], [3, 1, TOMBSTONE, 3, 2, 1, 0]]
+        columns["count"] = np.array(counts[seed % 2], np.uint32)
+        for part in group.ragged:
+            columns[part.name] = filled(part, columns[part.name], read_back(columns)["count"])
     return store, group, grid, pack_all(store, group, grid, columns), columns
 
 
 @KINDS
-@given(grid=grids(), part=parts(), seed=SEEDS, data=st.data())
-def test_what_is_packed_is_gathered(kind: Any, grid: Grid, part: Part, seed: int, data: st.DataObject) -> None:
+@given(grid=grids(), group=groups(), seed=SEEDS, data=st.data())
+def test_what_is_packed_is_gathered(kind: Any, grid: Grid, group: Group, seed: int, data: st.DataObject) -> None:
     """Rows come back bit for bit, in the order asked for, repeats too, from ragged shards too."""
-    store, group = open_store(kind, grid), Group("teachers/t/logits/v0001", (part,))
-    values = values_of(part, grid.rows, seed)
-    packed = pack_all(store, group, grid, {"values": values})
+    store, columns = open_store(kind, grid), columns_of(group, grid.rows, seed)
+    packed = pack_all(store, group, grid, columns)
     assert [r.path for shard in packed for r, _ in shard] == [
         path for shard in range(grid.shards) for path in store.paths(group, shard)
     ]
     rows = data.draw(st.lists(st.integers(0, grid.rows - 1), min_size=1, max_size=8))
     with written(store, group, packed) as root:
-        found = gather(store, root, group, grid, packed, "values", rows)
-    assert found.dtype == part.dtype
-    assert found.shape == (len(rows), *part.shape)
-    assert found.tobytes() == values[rows].tobytes()
+        for part in group.parts:
+            found = gather(store, root, group, grid, packed, part.name, rows)
+            assert found.dtype == part.dtype
+            assert found.shape == (len(rows), *part.shape)
+            assert found.tobytes() == read_back(columns)[part.name][rows].tobytes()
+        for shard in range(grid.shards):
+            start, stop = grid.span(shard)
+            reader = opened(store, root, group, packed)
+            some = start + np.array(data.draw(st.lists(st.integers(0, stop - start - 1), max_size=8)), np.int64)
+            for name, values in read_back(columns).items():
+                assert reader.gather(name, some).tobytes() == values[some].tobytes()
+                reader.clear()
+                assert reader.gather(name, some).tobytes() == values[some].tobytes()
+            assert list(store.damage(root, group, shard, {record.path: record for record, _ in packed[shard]})) == []
 
 
 @KINDS
-@given(grid=grids(), part=parts(), seed=SEEDS)
-def test_packing_is_pure_and_records_tell_the_truth(kind: Any, grid: Grid, part: Part, seed: int) -> None:
+@given(grid=grids(), group=groups(), seed=SEEDS)
+def test_packing_is_pure_and_records_tell_the_truth(kind: Any, grid: Grid, group: Group, seed: int) -> None:
     """Same arrays, same bytes; a record has the size of its file."""
-    store, group = open_store(kind, grid), Group("g/v0000", (part,))
-    values = {"values": values_of(part, grid.rows, seed)}
-    first, second = (pack_all(store, group, grid, values) for _ in range(2))
+    store, columns = open_store(kind, grid), columns_of(group, grid.rows, seed)
+    first, second = (pack_all(store, group, grid, columns) for _ in range(2))
     assert first == second
     for record, data in (item for shard in first for item in shard):
         assert record.size == len(data)
@@ -105,14 +179,17 @@ def test_a_checksum_of_a_file_that_ends_with_its_own_checksum_is_none() -> None:
 
 
 @KINDS
-def test_gathered_rows_are_copies(kind: str) -> None:
+@RAGGED
+def test_gathered_rows_are_copies(kind: str, ragged: bool) -> None:
     """Writing to what was gathered changes neither the file nor the next read."""
-    store, group, grid, packed, columns = small(kind)
+    store, group, grid, packed, columns = small(kind, ragged=ragged)
     with written(store, group, packed) as root:
-        reader = store.open_shard(root, group, 0, {record.path: record for record, _ in packed[0]})
-        reader.gather("params", np.array([1]))[:] = 0
-        assert (reader.gather("params", np.array([1])) == columns["params"][1:2]).all()
-        assert (gather(store, root, group, grid, packed, "params", [1]) == columns["params"][1:2]).all()
+        reader = opened(store, root, group, packed)
+        for part in group.parts:
+            row = columns[part.name][:1].tobytes()
+            reader.gather(part.name, np.array([0]))[:] = 0
+            assert reader.gather(part.name, np.array([0])).tobytes() == row
+            assert gather(store, root, group, grid, packed, part.name, [0]).tobytes() == row
 
 
 @given(grid=grids(), part=parts(), seed=SEEDS)
@@ -139,64 +216,127 @@ def test_zarr_itself_writes_the_same_bytes(grid: Grid, part: Part, seed: int) ->
                 assert theirs == data
 
 
-@given(grid=grids(), part=parts(), seed=SEEDS)
-def test_plain_zarr_reads_the_rows(grid: Grid, part: Part, seed: int) -> None:
+@given(grid=grids(), group=groups().filter(lambda group: group.ragged), seed=SEEDS)
+def test_zarr_itself_writes_the_same_ragged_bytes(grid: Grid, group: Group, seed: int) -> None:
+    """Of the elements of a shard, written as whole chunks; chunks that hold nothing are left out by both."""
+    store, columns = open_store("zarr", grid), columns_of(group, grid.rows, seed)
+    packed = pack_all(store, group, grid, columns)
+    files = {record.path: data for shard in packed for record, data in shard}
+    with written(store, group, []) as root, zarr.config.set({"array.write_empty_chunks": True}):
+        for part in group.ragged:
+            array = zarr.open_array(str(root / f"data/{group.path}/{part.name}"), mode="r+")
+            assert array.shards is not None
+            for shard in range(grid.shards):
+                start, stop = grid.span(shard)
+                count = read_back(columns)["count"][start:stop]
+                rows = [row[:n] for row, n in zip(columns[part.name][start:stop], count, strict=True)]
+                elements = np.concatenate(rows)
+                whole = -(-len(elements) // array.chunks[0]) * array.chunks[0]
+                elements = np.append(elements, np.full(whole - len(elements), part.fill, part.dtype))
+                path = f"data/{group.path}/{part.name}/c/{shard}"
+                if whole:
+                    array[shard * array.shards[0] : shard * array.shards[0] + whole] = elements
+                    assert (root / path).read_bytes() == files[path]
+                else:
+                    assert files[path][:-4] == b"\xff" * (16 * (array.shards[0] // array.chunks[0]))
+
+
+@given(grid=grids(), group=groups(), seed=SEEDS)
+def test_plain_zarr_reads_the_rows(grid: Grid, group: Group, seed: int) -> None:
     """Without a line of ours: group, array, rows, and the attributes of the layout."""
-    store, group = open_store("zarr", grid), Group("teachers/t/logits/v0000", (part,))
-    values = values_of(part, grid.rows, seed)
-    with written(store, group, pack_all(store, group, grid, {"values": values})) as root:
-        array = zarr.open_group(str(root / "data"), mode="r")["teachers/t/logits/v0000/values"]
-        assert isinstance(array, zarr.Array)
-        assert array.shape == (grid.rows, *part.shape)
-        assert np.asarray(array[:]).tobytes() == values.tobytes()
-        assert array.shards == (grid.shard_rows, *part.shape)
-        assert array.chunks == (grid.chunk_rows, *part.shape)
+    store, columns = open_store("zarr", grid), columns_of(group, grid.rows, seed)
+    with written(store, group, pack_all(store, group, grid, columns)) as root:
+        opened = zarr.open_group(str(root / "data"), mode="r")[group.path]
+        assert isinstance(opened, zarr.Group)
+        arrays = dict(opened.arrays())
+        assert len(arrays) == len(group.parts)
+        for part in group.parts:
+            if part.ragged:
+                rows = plain_ragged_rows(arrays["offsets"], arrays[part.name], grid)
+                expected = zip(columns[part.name], read_back(columns)["count"], strict=True)
+                assert [row.tobytes() for row in rows] == [row[:n].tobytes() for row, n in expected]
+            elif not (group.ragged and part.name == "count"):
+                array = arrays[part.name]
+                assert array.shape == (grid.rows, *part.shape)
+                assert np.asarray(array[:]).tobytes() == columns[part.name].tobytes()
+                assert array.shards == (grid.shard_rows, *part.shape)
+                assert array.chunks == (grid.chunk_rows, *part.shape)
 
 
-@given(grid=grids(), part=parts(), seed=SEEDS)
-def test_plain_pyarrow_reads_the_rows(grid: Grid, part: Part, seed: int) -> None:
+def plain_ragged_rows(offsets: Any, values: Any, grid: Grid) -> list[Any]:
+    """Every row of a ragged part, as the page on the format says."""
+    (capacity,), (chunk,), (cap_shards,) = values.shards, values.chunks, values.shape
+    assert offsets.shape == (grid.rows,)
+    assert (offsets.shards, offsets.chunks) == ((grid.shard_rows,), (grid.chunk_rows,))
+    assert chunk <= 4096
+    assert cap_shards == grid.shards * capacity
+    rows, ends = [], offsets[:].tolist()
+    for row, end in enumerate(ends):
+        shard, inside = divmod(row, grid.shard_rows)
+        start = ends[row - 1] if inside else 0
+        rows.append(np.asarray(values[shard * capacity + start : shard * capacity + end]))
+    return rows
+
+
+@given(grid=grids(), group=groups(), seed=SEEDS)
+def test_plain_pyarrow_reads_the_rows(grid: Grid, group: Group, seed: int) -> None:
     """With the documented decoding: `frombuffer` of a value, dtype and shape from the field's metadata."""
-    store, group = open_store("parquet", grid), Group("teachers/t/logits/v0000", (part,))
-    values = values_of(part, grid.rows, seed)
-    packed = pack_all(store, group, grid, {"values": values})
+    store, columns = open_store("parquet", grid), columns_of(group, grid.rows, seed)
+    stored = [part for part in group.parts if not (group.ragged and part.name == "count")]
+    packed = pack_all(store, group, grid, columns)
     with written(store, group, packed) as root:
         paths = [root / record.path for shard in packed for record, _ in shard]
-        rows = []
+        rows: dict[str, list[bytes]] = {part.name: [] for part in stored}
         for path, shard in zip(paths, range(grid.shards), strict=True):
             file = pq.ParquetFile(path, page_checksum_verification=True)
             assert file.num_row_groups == 1
-            field = file.schema_arrow.field("values")
-            shape = json.loads(field.metadata[b"shape"])
-            start, stop = grid.span(shard)
-            column = file.read()["values"].to_pylist()
-            assert len(column) == stop - start
-            rows += [np.frombuffer(v, field.metadata[b"dtype"].decode()).reshape(shape) for v in column]
+            assert file.schema_arrow.names == [part.name for part in stored]
             assert file.schema_arrow.metadata[b"place"].decode() == path.relative_to(root).as_posix()
-    assert np.stack(rows).tobytes() == values.tobytes()
+            start, stop = grid.span(shard)
+            for part in stored:
+                described = file.schema_arrow.field(part.name).metadata
+                assert described[b"dtype"].decode() == part.dtype
+                assert json.loads(described[b"shape"]) == list(part.shape)
+                assert (b"ragged" in described) == part.ragged
+                assert described.get(b"ragged", b"true") == b"true"
+                column = file.read()[part.name].to_pylist()
+                assert len(column) == stop - start
+                rows[part.name] += column
+            physical = {file.schema.column(n).name: file.schema.column(n).physical_type for n in range(len(stored))}
+            for part in stored:
+                assert physical[part.name] == ("BYTE_ARRAY" if part.ragged else "FIXED_LEN_BYTE_ARRAY")
+    for part in stored:
+        lengths = read_back(columns)["count"] if part.ragged else [None] * grid.rows
+        expected = [row[:n] if part.ragged else row for row, n in zip(columns[part.name], lengths, strict=True)]
+        shape = (-1,) if part.ragged else part.shape
+        for value, row in zip(rows[part.name], expected, strict=True):
+            assert np.frombuffer(value, part.dtype).reshape(shape).tobytes() == row.tobytes()
 
 
 @KINDS
+@RAGGED
 @given(data=st.data())
-def test_no_flip_is_read(kind: str, data: st.DataObject) -> None:
+def test_no_flip_is_read(kind: str, ragged: bool, data: st.DataObject) -> None:
     """Any change of any byte is found on the way to the rows of its chunk, or is no part of what was read."""
-    store, group, grid, packed, columns = small(kind)
+    store, group, grid, packed, columns = small(kind, data.draw(st.integers(0, 1)), ragged)
     shard = data.draw(st.integers(0, grid.shards - 1))
     record, original = data.draw(st.sampled_from(packed[shard]))
     place = data.draw(st.integers(0, len(original) - 1))
     changed = bytearray(original)
     changed[place] ^= data.draw(st.integers(1, 255))
-    part = "digest" if "digest" in record.path else "params"
-    names = [part] if kind == "zarr" else ["digest", "params"]
+    spoilt = read_from(kind, group, record.path)
     with written(store, group, packed) as root:
         (root / record.path).write_bytes(changed)
-        start, stop = grid.span(shard)
-        for name in names:
-            with pytest.raises(CorruptionError, match="views/v0000"):
-                # All chunks: also the last one's padding is under its chunk's checksum.
-                gather(store, root, group, grid, packed, name, range(start, stop))
-        other = 1 - shard
-        rows = range(*grid.span(other))
-        assert (gather(store, root, group, grid, packed, part, rows) == columns[part][list(rows)]).all()
+        for part in group.parts:
+            start, stop = grid.span(shard)
+            if part.name in spoilt:
+                with pytest.raises(CorruptionError, match="views/v0000"):
+                    # All chunks: also the last one's padding is under its chunk's checksum.
+                    gather(store, root, group, grid, packed, part.name, range(start, stop))
+            for other in {1 - shard} if part.name in spoilt else {0, 1}:
+                rows = list(range(*grid.span(other)))
+                found = gather(store, root, group, grid, packed, part.name, rows)
+                assert found.tobytes() == read_back(columns)[part.name][rows].tobytes()
 
 
 @given(place=st.integers(0, 39), row=st.integers(0, 3))
@@ -219,10 +359,11 @@ def test_zarr_checks_the_chunk_that_is_read(place: int, row: int) -> None:
 
 
 @KINDS
+@RAGGED
 @given(data=st.data())
-def test_no_truncation_is_read(kind: str, data: st.DataObject) -> None:
+def test_no_truncation_is_read(kind: str, ragged: bool, data: st.DataObject) -> None:
     """Shorter, empty, longer or missing files are corruption, never fill values."""
-    store, group, grid, packed, _ = small(kind)
+    store, group, grid, packed, _ = small(kind, data.draw(st.integers(0, 1)), ragged)
     record, original = data.draw(st.sampled_from(packed[0]))
     length = data.draw(st.one_of(st.just(0), st.integers(0, len(original) - 1), st.just(None), st.just(-1)))
     with written(store, group, packed) as root:
@@ -230,48 +371,51 @@ def test_no_truncation_is_read(kind: str, data: st.DataObject) -> None:
             (root / record.path).unlink()
         else:
             (root / record.path).write_bytes(original + b"\0" if length == -1 else original[:length])
-        part = "digest" if "digest" in record.path else "params"
-        with pytest.raises(CorruptionError):
-            gather(store, root, group, grid, packed, part, [0])
+        for part in read_from(kind, group, record.path):
+            with pytest.raises(CorruptionError):
+                gather(store, root, group, grid, packed, part, [0])
 
 
 @KINDS
-@given(seed=SEEDS)
-def test_no_swap_is_read(kind: str, seed: int) -> None:
+@given(group=groups(), seed=SEEDS)
+def test_no_swap_is_read(kind: str, group: Group, seed: int) -> None:
     """A sound file in another shard's, view's or part's place is refused, even one with the same rows."""
-    grid = Grid(8, 4, 2)
-    part = Part("values", "float32", (2,))
-    group, other = (Group(f"teachers/t/logits/v{view:04d}", (part,)) for view in (0, 1))
+    grid, other = Grid(8, 4, 2), Group("teachers/t/logits/v0009", group.parts)
     store = open_store(kind, grid)  # type: ignore[arg-type]
-    half = values_of(part, 4, seed)
-    packed = pack_all(store, group, grid, {"values": np.concatenate([half, half])})
-    elsewhere = pack_all(store, other, grid, {"values": np.concatenate([half, half])})
-    for foreign in (packed[1][0][1], elsewhere[0][0][1]):
-        with written(store, group, packed) as root:
-            (root / packed[0][0][0].path).write_bytes(foreign)
-            if kind == "zarr":
-                # The same rows give the same file wherever they stand: nothing is wrong then, and none raises.
-                assert foreign == packed[0][0][1]
-            else:
+    half = columns_of(group, 4, seed)
+    twice = {name: np.concatenate([values, values]) for name, values in half.items()}
+    packed, elsewhere = pack_all(store, group, grid, twice), pack_all(store, other, grid, twice)
+    for number, (record, own) in enumerate(packed[0]):
+        for foreign in (packed[1][number][1], elsewhere[0][number][1]):
+            with written(store, group, packed) as root:
+                (root / record.path).write_bytes(foreign)
+                if kind == "zarr":
+                    # The same rows give the same file wherever they stand: nothing is wrong then, and none raises.
+                    assert foreign == own
+                else:
+                    with pytest.raises(CorruptionError):
+                        gather(store, root, group, grid, packed, group.parts[0].name, [0])
+    different = pack_all(store, group, grid, columns_of(group, 8, seed + 1))
+    for number, (record, own) in enumerate(different[0]):
+        if different[1][number][1] == own:
+            continue
+        with written(store, group, different) as root:
+            (root / record.path).write_bytes(different[1][number][1])
+            for part in read_from(kind, group, record.path):
                 with pytest.raises(CorruptionError):
-                    gather(store, root, group, grid, packed, "values", [0])
-    different = pack_all(store, group, grid, {"values": values_of(part, 8, seed + 1)})
-    assume(different[0][0][1] != different[1][0][1])
-    with written(store, group, different) as root:
-        (root / different[0][0][0].path).write_bytes(different[1][0][1])
-        with pytest.raises(CorruptionError):
-            gather(store, root, group, grid, different, "values", [0])
+                    gather(store, root, group, grid, different, part, [0])
 
 
 @KINDS
-def test_a_digest_is_bound_to_content_and_path(kind: str) -> None:
+@RAGGED
+def test_a_digest_is_bound_to_content_and_path(kind: str, ragged: bool) -> None:
     """Other rows or another place give another digest.
 
     A CRC-32C of a whole Zarr shard would not do: over data that ends with its own CRC it is a constant.
     """
-    _, group, _, packed, columns = small(kind)
-    _, _, _, other, _ = small(kind, seed=1)
-    moved = pack_all(small(kind)[0], Group("views/v0001", group.parts), Grid(7, 4, 2), columns)
+    store, group, grid, packed, columns = small(kind, ragged=ragged)
+    _, _, _, other, _ = small(kind, seed=1, ragged=ragged)
+    moved = pack_all(store, Group("views/v0001", group.parts), grid, columns)
     sets = [{record.digest for shard in item for record, _ in shard} for item in (packed, other, moved)]
     count = sum(len(shard) for shard in packed)
     assert len(sets[0] | sets[1] | sets[2]) == 3 * count
@@ -280,10 +424,11 @@ def test_a_digest_is_bound_to_content_and_path(kind: str) -> None:
 
 
 @KINDS
+@RAGGED
 @given(data=st.data())
-def test_damage_names_the_file(kind: Any, data: st.DataObject) -> None:
+def test_damage_names_the_file(kind: Any, ragged: bool, data: st.DataObject) -> None:
     """Nothing on sound files; exactly the file that is flipped, cut, gone or swapped."""
-    store, group, _, packed, _ = small(kind)
+    store, group, _, packed, _ = small(kind, data.draw(st.integers(0, 1)), ragged)
     record, original = data.draw(st.sampled_from(packed[0]))
     how = data.draw(st.sampled_from(["flip", "cut", "gone", "swap"]))
     records = {record.path: record for record, _ in packed[0]}

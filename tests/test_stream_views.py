@@ -94,7 +94,8 @@ class TestSeveralViewsOfOneDecoding:
         self, arrays: Path, tmp_path: Path, device: str, threads: int | None, expected: str | None
     ) -> None:
         """On its GPU if it runs here; a remote teacher's device is not ours."""
-        from teacher_cache.plan import begin, open_parts
+        from teacher_cache.begin import begin
+        from teacher_cache.plan import open_parts
         from teacher_cache.shard_job import open_job
 
         class Elsewhere:
@@ -125,7 +126,8 @@ class TestSeveralViewsOfOneDecoding:
 
     def test_a_shard_that_was_committed_meanwhile_is_not_made_again(self, arrays: Path, tmp_path: Path) -> None:
         """A worker that died after one commit of two: the retry returns the receipt that is there."""
-        from teacher_cache.plan import begin, open_parts
+        from teacher_cache.begin import begin
+        from teacher_cache.plan import open_parts
         from teacher_cache.shard_job import Work, open_job, run_work
 
         spec = toy_spec(tmp_path / "cache", arrays, views=MANY)

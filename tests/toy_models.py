@@ -9,6 +9,8 @@ from __future__ import annotations
 import functools
 import os
 import signal
+import time
+from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
@@ -78,6 +80,53 @@ class Dies(PixelSums):
         return super().forward(images_BCHW)
 
 
+class DiesOf(PixelSums):
+    """Ends its process on images that hold one of some values in their first pixel: view-dependent where it moves.
+
+    With `together` it does so only where two of these images are in one micro-batch.
+    """
+
+    def __init__(self, values: tuple[int, ...] = (), together: bool = False) -> None:
+        super().__init__()
+        self.values, self.together = values, together
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        first = (images_BCHW[:, 0, 0, 0] * 255).round().tolist()
+        if sum(value in self.values for value in first) > int(self.together):
+            os._exit(1)
+        return super().forward(images_BCHW)
+
+
+class OutOfMemory(PixelSums):
+    """Has room for so many images at once; for `later` only, once it has been asked about a real one."""
+
+    def __init__(self, room: int = 4, later: int | None = None) -> None:
+        super().__init__()
+        self.room, self.later = room, later
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        if self.later is not None and images_BCHW.any():
+            self.room = self.later
+        if len(images_BCHW) > self.room:
+            raise torch.OutOfMemoryError(f"tried to allocate {len(images_BCHW)} images")
+        return super().forward(images_BCHW)
+
+
+class OtherShape(PixelSums):
+    """Answers one class fewer for the poison."""
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        logits = super().forward(images_BCHW)
+        return logits[:, :-1] if poisoned(images_BCHW).any() else logits
+
+
+class Infinite(PixelSums):
+    """Answers inf for the poison."""
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        return torch.where(poisoned(images_BCHW)[:, None], torch.inf, super().forward(images_BCHW))
+
+
 class KillsItself(PixelSums):
     """`kill -9` of its own process after as many real answers as `TOY_KILL_AFTER` says; never without it."""
 
@@ -90,6 +139,28 @@ class KillsItself(PixelSums):
             self.answers += 1
             if self.answers > int(os.environ["TOY_KILL_AFTER"]):
                 os.kill(os.getpid(), signal.SIGKILL)
+        return super().forward(images_BCHW)
+
+
+def image_name(pixels_CHW: Tensor) -> str:
+    """A short digest of one image's uint8 pixels: by it a view is known again in a log."""
+    return blake2b(pixels_CHW.to(torch.uint8).contiguous().numpy().tobytes(), digest_size=8).hexdigest()
+
+
+class Told(PixelSums):
+    """Appends "run, image" to the file `TOY_LOG` for every image that it is asked about; `TOY_PAUSE` slows it down.
+
+    The fillings of a micro-batch are black and are not told of. One write for each question: lines stay whole.
+    """
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        pixels = (images_BCHW.float() * 255).round()
+        lines = [f"{os.environ.get('TOY_RUN', '-')} {image_name(image)}\n" for image in pixels if image.any()]
+        if lines and "TOY_LOG" in os.environ:
+            handle = os.open(os.environ["TOY_LOG"], os.O_APPEND | os.O_CREAT | os.O_WRONLY)
+            os.write(handle, "".join(lines).encode())
+            os.close(handle)
+            time.sleep(float(os.environ.get("TOY_PAUSE", "0")))
         return super().forward(images_BCHW)
 
 
@@ -212,3 +283,13 @@ def shifted(image_CHW: Tensor, by: int) -> Tensor:
 
 SHIFT_ONE = functools.partial(shifted, by=1)
 SHIFT_TWO = functools.partial(shifted, by=2)
+
+
+class Positions(PixelSums):
+    """Logits of a sequence, [B, 8, C]: a linear layer on each row of the image."""
+
+    def __init__(self, classes: int = 10) -> None:
+        super().__init__(classes, pixels=8)
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        return self.head(self.stem(images_BCHW)[:, 0])

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -27,10 +28,18 @@ class Part:
     """NumPy's name of a little-endian type: `float16`, `uint8`."""
     shape: tuple[int, ...]
     """Of one row."""
+    ragged: bool = False
+    """Whether rows fill only their first `count` places: the shape is then (cap,), places beyond hold `fill`, and
+    the encoding has one part `count` (uint32, of no dimension) for all of its ragged parts. Only what is filled is
+    stored."""
+
+    def __post_init__(self) -> None:
+        if self.ragged and (len(self.shape) != 1 or self.shape[0] < 1):
+            raise ValueError(f"the shape of a ragged part must be (cap,) with cap of at least 1, found {self.shape}")
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one row."""
+        """Bytes of one row; of a ragged part the most that it can take."""
         return np.dtype(self.dtype).itemsize * math.prod(self.shape)
 
     @property
@@ -60,9 +69,29 @@ class Encoding(Protocol):
         """The stored arrays of some rows to a target."""
 
 
+def tensors(columns: Columns) -> dict[str, Tensor]:
+    """Columns as tensors that share their memory; tensors, on any device, as they are."""
+    return {name: torch.as_tensor(column) for name, column in columns.items()}
+
+
 def row_bytes(encoding: Encoding) -> int:
     """Bytes that one row takes, all parts together."""
     return sum(part.row_bytes for part in encoding.parts)
+
+
+def narrowest(classes: int) -> str:
+    """The smallest unsigned type that holds every class number."""
+    return next(name for name in ("uint8", "uint16", "uint32") if classes - 1 <= np.iinfo(name).max)
+
+
+def stored_bytes(encoding: Encoding, columns: Columns) -> int:
+    """Bytes that a row takes on average, rounded up: parts of different lengths count as far as they are filled."""
+    fixed = sum(part.row_bytes for part in encoding.parts if not part.ragged)
+    ragged = [part for part in encoding.parts if part.ragged]
+    if not ragged:
+        return fixed
+    each = sum(np.dtype(part.dtype).itemsize for part in ragged)
+    return fixed + math.ceil(each * float(columns["count"].mean()))
 
 
 def require_finite(values: Tensor, encoding: str) -> None:
@@ -71,6 +100,9 @@ def require_finite(values: Tensor, encoding: str) -> None:
     Raises:
         NonFiniteError: its `field` is `row <number>`; the caller adds the sample's key.
     """
+    # A NaN or an inf makes the sum one too: one pass proves the many batches that have none.
+    if bool(values.sum(dtype=torch.promote_types(values.dtype, torch.float32)).isfinite()):
+        return
     finite_B = values.isfinite().flatten(1).all(dim=1)
     if not bool(finite_B.all()):
         row = int((~finite_B).nonzero()[0, 0])

@@ -10,7 +10,7 @@ class Measured(Strict):
 
     encoding: EncodingSpec
     bytes: int
-    """Of a row."""
+    """Of a row; the mean, where rows differ."""
     kl: dict[str, float]
     """Mean KL(teacher ‖ decoded) in nats, by temperature."""
     total_variation: float
@@ -23,8 +23,8 @@ class Measured(Strict):
 
     @property
     def name(self) -> str:
-        """Kind and what sets it apart: `top_k 5`, `dense_u8 0.25`."""
-        described = self.encoding.model_dump(include={"kind", "k", "step"})
+        """Kind and what sets it apart: `top_k 5`, `dense_u8 0.25`, `nucleus 0.99`."""
+        described = self.encoding.model_dump(include={"kind", "k", "step", "mass"})
         return " ".join(str(value) for value in described.values())
 
     @property

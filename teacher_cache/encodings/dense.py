@@ -9,8 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from teacher_cache.encodings.base import Columns, Part, require_finite
-from teacher_cache.encodings.target import DenseTarget
+from teacher_cache.encodings.base import Columns, Part, require_finite, tensors
+from teacher_cache.encodings.dense_target import DenseTarget
 
 _TORCH = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _NAMES = {"float32": "dense_f32", "float16": "dense_f16", "bfloat16": "dense_bf16"}
@@ -49,5 +49,5 @@ class Dense:
 
     def decode(self, columns: Columns) -> DenseTarget:
         """The stored values, in their stored type."""
-        values = torch.from_numpy(columns["values"])
+        values = tensors(columns)["values"]
         return DenseTarget(values.view(torch.bfloat16) if self.dtype == "bfloat16" else values)

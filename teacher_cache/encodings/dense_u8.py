@@ -9,8 +9,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from teacher_cache.encodings.base import Columns, Part, require_finite
-from teacher_cache.encodings.target import DenseTarget, Steps
+from teacher_cache.encodings.base import Columns, Part, require_finite, tensors
+from teacher_cache.encodings.dense_target import DenseTarget
+from teacher_cache.encodings.scales import Steps
 
 _LEVELS = 255
 
@@ -49,10 +50,10 @@ class DenseU8:
     def encode(self, values: Tensor) -> dict[str, NDArray[Any]]:
         """float32 [B, C] to the parts; NaN, inf and a maximum beyond half precision are refused."""
         require_finite(values, self.name)
-        maximum_B = values.max(dim=1).values
+        maximum_B = values.amax(dim=1)
         below_BC = maximum_B[:, None].double() - values
         step_B = self._steps(below_BC)
-        levels_BC = (below_BC / step_B.double()[:, None]).round().clamp(max=_LEVELS)
+        levels_BC = below_BC.div_(step_B.double()[:, None]).round_().clamp_(max=_LEVELS)
         scalars = torch.stack([maximum_B, torch.logsumexp(values, dim=1)], dim=1).half()
         require_finite(scalars, self.name)
         columns = {
@@ -68,12 +69,11 @@ class DenseU8:
         if self.step is not None:
             return torch.full((len(below_BC),), self.step, device=below_BC.device)
         # A row of one value has no range: any step says so.
-        spread_B = (below_BC.max(dim=1).values / _LEVELS).float()
+        spread_B = (below_BC.amax(dim=1) / _LEVELS).float()
         return torch.where(spread_B > 0, spread_B, 1.0)
 
     def decode(self, columns: Columns) -> DenseTarget:
         """Levels in their byte; they become logits where they are used."""
-        values, maximum = (torch.from_numpy(columns[name]) for name in ("values", "maximum"))
-        if self.step is None:
-            return DenseTarget(values, Steps(torch.from_numpy(columns["step"]), maximum))
-        return DenseTarget(values, Steps(torch.full((len(values),), self.step), maximum))
+        stored = tensors(columns)
+        step_B = torch.full_like(stored["maximum"].float(), self.step) if self.step is not None else stored["step"]
+        return DenseTarget(stored["values"], Steps(step_B, stored["maximum"]))

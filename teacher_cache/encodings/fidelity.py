@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
+from teacher_cache.encodings.sparse_target import SparseTarget
 from teacher_cache.encodings.target import Target
 
 TEMPERATURES = (1, 2, 4)
@@ -16,15 +17,17 @@ def measure_logits(exact_BC: Tensor, target: Target) -> dict[str, float]:
     """Sums over rows of what was lost, to be added up over shards.
 
     Args:
-        exact_BC: float32, the teacher's own logits.
+        exact_BC: float32, the teacher's own logits; of sequences [B, T, C], where each position counts as a row.
         target: the same rows, encoded and decoded.
 
     Returns:
         `rows`; `kl_t1`, `kl_t2`, `kl_t4` (Σ KL(teacher ‖ decoded), in nats); `top1` (rows whose largest class
-        is the same); `mass_error` (largest |Σ p − 1|). Of samples `total_variation` stands in the place of KL.
+        is the same); `mass_error` (largest |Σ p − 1|). Of samples, and where classes left out have nothing,
+        `total_variation` (at the sample's temperature, or 1) stands in the place of KL.
     """
-    if target.drawn_at is not None:
-        return _measure_sample(exact_BC, target, target.drawn_at)
+    exact_BC, target = exact_BC.flatten(0, -2), target.flat()
+    if isinstance(target, SparseTarget) and target.tail == "renormalise":
+        return _measure_without_tail(exact_BC, target, target.drawn_at or 1.0)
     found = {"rows": float(len(exact_BC))}
     for temperature in TEMPERATURES:
         exact_logp = torch.log_softmax(exact_BC.double() / temperature, dim=1)
@@ -47,8 +50,8 @@ def _agreement(exact_BC: Tensor, probs_BC: Tensor) -> dict[str, float]:
     }
 
 
-def _measure_sample(exact_BC: Tensor, target: Target, temperature: float) -> dict[str, float]:
-    """A sample's KL is infinite, as most classes have no weight: its distance is what can be said of one draw."""
+def _measure_without_tail(exact_BC: Tensor, target: SparseTarget, temperature: float) -> dict[str, float]:
+    """KL is infinite where classes have no weight: what can be said of a sample, or without a tail, is the distance."""
     exact_p_BC = torch.softmax(exact_BC.double() / temperature, dim=1)
     probs_BC = target.log_probs(temperature).double().exp()
     return {

@@ -13,9 +13,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from teacher_cache.encodings.base import Columns, Part, require_finite
-from teacher_cache.encodings.target import SparseTarget
-from teacher_cache.encodings.top_k import narrowest
+from teacher_cache.encodings.base import Columns, Part, narrowest, require_finite, tensors
+from teacher_cache.encodings.ordering import largest
+from teacher_cache.encodings.sparse_target import SparseTarget
 from teacher_cache.views.philox import unit
 
 _NOTHING = -60_000.0
@@ -72,10 +72,11 @@ class SampledLogits:
         p_BC = torch.softmax(values.double().cpu() / self.temperature, dim=1)
         u_BW = torch.from_numpy(unit(words_BW))
         if self.scheme == "threshold":
-            order_BK, weights_BK, threshold_B = _without_replacement(p_BC, u_BW[:, 0], self.k)
+            order_BK, threshold_B = _without_replacement(p_BC, u_BW[:, 0], self.k)
+            kept_BK = p_BC.gather(1, order_BK)
         else:
-            order_BK, weights_BK = _with_replacement(p_BC, u_BW[:, : self.k])
-        logs_BK = torch.where(weights_BK > 0, weights_BK.log(), _NOTHING)
+            order_BK, kept_BK = _with_replacement(p_BC, u_BW[:, : self.k])
+        logs_BK = torch.where(kept_BK > 0, kept_BK.log(), _NOTHING)
         columns = {
             "values": logs_BK.float().numpy(),
             "indices": order_BK.numpy().astype(narrowest(self.classes)),
@@ -86,13 +87,30 @@ class SampledLogits:
 
     def decode(self, columns: Columns) -> SparseTarget:
         """A sparse target without a tail, for the temperature at which it was drawn."""
-        values, indices = (torch.from_numpy(columns[name]) for name in ("values", "indices"))
-        nothing_B = torch.full((len(values),), -torch.inf)
-        return SparseTarget(values, indices, nothing_B, torch.zeros(len(values)), self.classes, self.temperature)
+        stored = tensors(columns)
+        values_BK, zero_B = stored["values"], torch.zeros_like(stored["values"][..., 0])
+        if self.scheme == "threshold":
+            values_BK = torch.maximum(values_BK, stored["threshold"].log()[..., None])
+        return SparseTarget(
+            values_BK=values_BK,
+            indices_BK=stored["indices"],
+            tail_logmass_B=zero_B - torch.inf,
+            lse_B=zero_B,
+            classes=self.classes,
+            drawn_at=self.temperature,
+            tail="renormalise",
+        )
+
+    def inclusion(self, columns: Columns) -> Tensor:
+        """The probability with which each stored class was drawn, float32 [B, K]: min(1, p / τ)."""
+        if self.scheme != "threshold":
+            raise TypeError("draws with replacement have no threshold")
+        stored = tensors(columns)
+        return (stored["values"].exp() / stored["threshold"][..., None].clamp(min=1e-38)).clamp(max=1)
 
 
-def _without_replacement(p_BC: Tensor, u_B: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Classes [B, K], weights [B, K] and τ [B], by systematic sampling: one uniform number draws exactly k."""
+def _without_replacement(p_BC: Tensor, u_B: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Classes [B, K] and τ [B], by systematic sampling: one uniform number draws exactly k."""
     down_BC, order_BC = p_BC.sort(dim=1, descending=True, stable=True)
     rest_BC = down_BC.flip(1).cumsum(1).flip(1)
     slots_K = torch.arange(k)
@@ -112,8 +130,7 @@ def _without_replacement(p_BC: Tensor, u_B: Tensor, k: int) -> tuple[Tensor, Ten
     # Strictly rising, so that no class comes twice, whatever ties and rounding did.
     picked_BK = (picked_BK - slots_K).cummax(1).values + slots_K
     picked_BK = torch.minimum(picked_BK, p_BC.shape[1] - k + slots_K)
-    weights_BK = torch.maximum(down_BC.gather(1, picked_BK), threshold_B1)
-    return order_BC.gather(1, picked_BK), weights_BK, threshold_B1[:, 0]
+    return order_BC.gather(1, picked_BK), threshold_B1[:, 0]
 
 
 def _with_replacement(p_BC: Tensor, u_BK: Tensor) -> tuple[Tensor, Tensor]:
@@ -122,6 +139,5 @@ def _with_replacement(p_BC: Tensor, u_BK: Tensor) -> tuple[Tensor, Tensor]:
     reached_BC = reached_BC / reached_BC[:, -1:]
     drawn_BK = torch.searchsorted(reached_BC, u_BK.contiguous(), right=True).clamp(max=p_BC.shape[1] - 1)
     counts_BC = torch.zeros_like(p_BC).scatter_add_(1, drawn_BK, torch.ones_like(u_BK))
-    most_BC, order_BC = counts_BC.sort(dim=1, descending=True, stable=True)
-    k = u_BK.shape[1]
-    return order_BC[:, :k], most_BC[:, :k] / k
+    most_BK, order_BK = largest(counts_BC, u_BK.shape[1])
+    return order_BK, most_BK / u_BK.shape[1]

@@ -3,29 +3,43 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from teacher_cache.encodings.base import Columns, Part, require_finite
-from teacher_cache.encodings.target import SparseTarget
+from teacher_cache.encodings.base import Columns, Part, narrowest, require_finite, tensors
+from teacher_cache.encodings.ordering import largest
+from teacher_cache.encodings.packing import pack, packed_bytes, unpack
+from teacher_cache.encodings.scales import Shared, to_levels
+from teacher_cache.encodings.sparse_target import SparseTarget
+from teacher_cache.spec import Tail
 
 
 @dataclass(frozen=True)
 class TopKLogits:
-    """k logits less the row's maximum (float16), their classes, the tail's log-mass and the row's log-sum-exp.
+    """k logits less the row's maximum, their classes, the tail's log-mass and the row's log-sum-exp.
 
     The tail's mass is computed in float32 from the exact logits and stored: derived from rounded values it
     would cancel catastrophically.
+
+    Values are float16, or uint8 levels spaced by the root of the depth, which are off by at most
+    (4 / 255)·(2·√depth + 4 / 255) nats down to 64 nats below the maximum.
     """
 
     classes: int
     """C, the length of the teacher's logits."""
     k: int
     """How many are kept, 1..C."""
+    values: Literal["f16", "u8"] = "f16"
+    """How their depth below the maximum is kept."""
+    ids: Literal["whole", "packed"] = "whole"
+    """Class numbers in whole bytes, or in as many bits as they need."""
+    tail: Tail = "uniform"
+    """How the classes left out share their mass."""
+    prior: Shared | None = None
+    """The teacher's mean over the calibration rows, of `tail: prior`; not needed to encode."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.k <= self.classes:
@@ -39,36 +53,45 @@ class TopKLogits:
     @property
     def parts(self) -> tuple[Part, ...]:
         """`values`, `indices`, `tail_logmass`, `lse`."""
-        return (
-            Part("values", "float16", (self.k,)),
-            Part("indices", narrowest(self.classes), (self.k,)),
-            Part("tail_logmass", "float16", ()),
-            Part("lse", "float16", ()),
-        )
+        indices = Part("indices", narrowest(self.classes), (self.k,))
+        if self.ids == "packed":
+            indices = Part("indices", "uint8", (packed_bytes(self.k, self.classes),))
+        values = Part("values", "float16" if self.values == "f16" else "uint8", (self.k,))
+        return (values, indices, Part("tail_logmass", "float16", ()), Part("lse", "float16", ()))
 
     def encode(self, values: Tensor) -> dict[str, NDArray[Any]]:
-        """float32 [B, C] to the four parts; ties are kept in the order of the class numbers."""
+        """float32 [B, C] to the parts; ties are kept in the order of the class numbers."""
         require_finite(values, self.name)
-        sorted_BC, order_BC = values.sort(dim=1, descending=True, stable=True)
-        shifted_BC = sorted_BC - sorted_BC[:, :1]
-        tail_B = torch.logsumexp(shifted_BC[:, self.k :], dim=1)
-        kept_BK = shifted_BC[:, : self.k].half()
-        lse_B = torch.logsumexp(values, dim=1).half()
-        require_finite(torch.cat([kept_BK, lse_B[:, None]], dim=1), self.name)
-        return {
-            "values": kept_BK.cpu().numpy(),
-            "indices": order_BC[:, : self.k].cpu().numpy().astype(narrowest(self.classes)),
-            "tail_logmass": tail_B.half().cpu().numpy(),
-            "lse": lse_B.cpu().numpy(),
+        largest_BK, order_BK = largest(values, self.k)
+        kept_BK = largest_BK - largest_BK[:, :1]
+        rest_BC = (values - largest_BK[:, :1]).scatter_(1, order_BK, -torch.inf)
+        lse_B = values.logsumexp(1).half()
+        stored_BK = kept_BK.half() if self.values == "f16" else to_levels(-kept_BK)
+        held_BK = stored_BK if self.values == "f16" else kept_BK
+        require_finite(torch.cat([held_BK.float(), lse_B.float()[:, None]], dim=1), self.name)
+        columns = {
+            "values": stored_BK,
+            "indices": self._ids(order_BK),
+            "tail_logmass": rest_BC.logsumexp(1).half(),
+            "lse": lse_B,
         }
+        return {name: column.cpu().contiguous().numpy() for name, column in columns.items()}
+
+    def _ids(self, order_BK: Tensor) -> Tensor:
+        if self.ids == "packed":
+            return pack(order_BK, self.classes)
+        return order_BK.to(getattr(torch, narrowest(self.classes)))
 
     def decode(self, columns: Columns) -> SparseTarget:
-        """The stored parts as a sparse target, in their stored types."""
-        names = ("values", "indices", "tail_logmass", "lse")
-        values, indices, tail, lse = (torch.from_numpy(columns[name]) for name in names)
-        return SparseTarget(values, indices, tail, lse, self.classes)
-
-
-def narrowest(classes: int) -> str:
-    """The smallest unsigned type that holds every class number."""
-    return next(name for name in ("uint8", "uint16", "uint32") if classes - 1 <= np.iinfo(name).max)
+        """The stored parts as a sparse target, in their stored types; packed class numbers in whole bytes."""
+        stored = tensors(columns)
+        indices = stored["indices"]
+        return SparseTarget(
+            values_BK=stored["values"],
+            indices_BK=unpack(indices, self.k, self.classes) if self.ids == "packed" else indices,
+            tail_logmass_B=stored["tail_logmass"],
+            lse_B=stored["lse"],
+            classes=self.classes,
+            tail=self.tail,
+            prior=self.prior,
+        )

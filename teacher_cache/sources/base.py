@@ -98,9 +98,14 @@ def decoding() -> Iterator[None]:
     except OSError as error:
         if error.errno is not None:
             raise
-        raise BrokenSample(f"cannot be decoded: {error}") from None
+        raise BrokenSample(f"cannot be decoded: {_plain(error)}") from None
     except Exception as error:
-        raise BrokenSample(f"cannot be decoded: {error}") from None
+        raise BrokenSample(f"cannot be decoded: {_plain(error)}") from None
+
+
+def _plain(error: Exception) -> str:
+    """What it says, without the address of an object: a reason is stored, and two builds end with the same bytes."""
+    return re.sub(r" at 0x[0-9a-f]+", "", str(error))
 
 
 def pixels_of(image: Image.Image, channels: Channels) -> NDArray[np.uint8]:

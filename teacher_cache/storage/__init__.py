@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Literal
 
-from teacher_cache.storage.base import Grid, Group, ShardReader, Store, field_path
+from teacher_cache.storage.base import Grid, Group, GroupReader, Store, field_path
 from teacher_cache.storage.files import FileRecord, crc32c, remove_temporary, write_atomic
 
 __all__ = [
     "FileRecord",
     "Grid",
     "Group",
-    "ShardReader",
+    "GroupReader",
     "Store",
     "crc32c",
     "field_path",
+    "open_maps",
     "open_store",
     "remove_temporary",
     "write_atomic",
@@ -30,3 +33,12 @@ def open_store(kind: Literal["zarr", "parquet"], grid: Grid) -> Store:
     from teacher_cache.storage.parquet_shards import ParquetStore
 
     return ParquetStore(grid)
+
+
+def open_maps(
+    root: Path, maps: Path, group: Group, grid: Grid, records_of: Callable[[int], Mapping[str, FileRecord]]
+) -> GroupReader:
+    """Rows of a group of a Parquet cache, from maps that are made in a folder when they are first asked for."""
+    from teacher_cache.storage.parquet_maps import MapOfParquet
+
+    return MapOfParquet(root, maps, group, grid, open_store("zarr", grid), records_of)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,6 +14,11 @@ from teacher_cache.encodings import Columns, Part
 from teacher_cache.errors import CorruptionError
 from teacher_cache.storage.files import FileRecord
 
+COUNT = "count"
+"""The part that says how many places of each row are filled, in a group with ragged parts."""
+OFFSETS = "offsets"
+"""The array that stands on disk for it, in Zarr."""
+
 
 @dataclass(frozen=True)
 class Group:
@@ -22,6 +27,27 @@ class Group:
     path: str
     """Below `data/`: `teachers/<teacher>/<field>/v0003` or `views/v0003`."""
     parts: tuple[Part, ...]
+
+    def __post_init__(self) -> None:
+        if not self.ragged:
+            return
+        counts = [part for part in self.parts if part.name == COUNT]
+        if counts != [Part(COUNT, "uint32", ())]:
+            raise ValueError(f"ragged parts need one part `{COUNT}`, uint32 and of shape (), {self.path=}, {counts=}")
+        if any(part.name == OFFSETS for part in self.parts):
+            raise ValueError(f"`{OFFSETS}` is taken in a group with ragged parts, {self.path=}")
+        if len({part.shape for part in self.ragged}) > 1:
+            raise ValueError(f"ragged parts of a group must have one shape, {self.path=}, {self.ragged=}")
+
+    @property
+    def ragged(self) -> tuple[Part, ...]:
+        """The parts whose rows differ in length."""
+        return tuple(part for part in self.parts if part.ragged)
+
+    @property
+    def cap(self) -> int:
+        """How many places a ragged row has; 0 where no part is ragged."""
+        return self.ragged[0].shape[0] if self.ragged else 0
 
 
 @dataclass(frozen=True)
@@ -43,11 +69,27 @@ class Grid:
         return start, min(start + self.shard_rows, self.rows)
 
 
-class ShardReader(Protocol):
-    """Rows of one group in one shard. Safe to use from one thread; cheap to open in every process."""
+class GroupReader(Protocol):
+    """Rows of one group. Safe to use from one thread, and after a fork; cheap to open in every process."""
 
-    def gather(self, part: str, rows: NDArray[np.int64]) -> NDArray[Any]:
-        """Rows (counted from the shard's first) of one part, verified; raises `CorruptionError`."""
+    @property
+    def load(self) -> float:
+        """The share that it takes of what a process may keep open."""
+
+    def clear(self) -> None:
+        """Lets go of everything; what is asked for next is opened and checked anew."""
+
+    def gather(self, part: str, rows: NDArray[np.int64], out: NDArray[Any] | None = None) -> NDArray[Any]:
+        """Rows of one part, verified, in the order asked for, repeats too.
+
+        Args:
+            part: one of the group's.
+            rows: row numbers of committed shards.
+            out: C-contiguous [rows, ...] of the part's type to be filled; a new array where not given.
+
+        Raises:
+            CorruptionError: what was committed is not there, or not what it was.
+        """
 
 
 class Store(Protocol):
@@ -67,8 +109,10 @@ class Store(Protocol):
     ) -> Iterator[CorruptionError]:
         """Reads every byte of what `pack` made, and gives one error for each file that is not what it was."""
 
-    def open_shard(self, root: Path, group: Group, shard: int, records: Mapping[str, FileRecord]) -> ShardReader:
-        """Opens what `pack` made; `records` maps paths to what the receipt says of them."""
+    def open_group(
+        self, root: Path, group: Group, records_of: Callable[[int], Mapping[str, FileRecord]]
+    ) -> GroupReader:
+        """Opens what `pack` made of all shards; `records_of` gives what a receipt says of a shard's files, by path."""
 
 
 def field_path(field: str) -> str:

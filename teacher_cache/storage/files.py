@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import uuid
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import google_crc32c
+import numpy as np
+from numpy.typing import NDArray
 
-from teacher_cache.errors import BuildError
+from teacher_cache.errors import BuildError, CacheError, CacheNotFoundError
 
 UNREADABLE = "The file is there: check its permissions, the mount, and the limit of open files (ulimit -n)."
+RESTORE = "`teacher-cache verify PATH` shows the extent, `teacher-cache repair PATH` computes what is bad again."
 
 
 @dataclass(frozen=True)
@@ -30,9 +35,9 @@ class FileRecord:
     shard: a CRC over data that ends with its own CRC is a constant."""
 
 
-def crc32c(data: bytes | memoryview) -> int:
-    """CRC-32C (Castagnoli) of some bytes."""
-    return int(google_crc32c.value(bytes(data)))
+def crc32c(data: bytes | NDArray[np.uint8]) -> int:
+    """CRC-32C (Castagnoli) of some bytes, or of a contiguous array of them, which is not copied."""
+    return int(google_crc32c.value(data))
 
 
 def write_atomic(root: Path, relative: str, data: bytes) -> None:
@@ -44,7 +49,7 @@ def write_atomic(root: Path, relative: str, data: bytes) -> None:
     final = root / relative
     temporary = final.with_name(f"{final.name}.{uuid.uuid4().hex}.tmp")
     try:
-        _make_folder(final.parent)
+        make_folder(final.parent)
         with temporary.open("xb") as file:
             file.write(data)
             file.flush()
@@ -54,19 +59,74 @@ def write_atomic(root: Path, relative: str, data: bytes) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        hint = "Free space or change the permissions, then run the same command again: it goes on."
-        raise BuildError(str(final), f"cannot be written: {error.strerror or error}", root, hint) from error
+        raise file_error(final, root, error) from error
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
 
 
-def _make_folder(folder: Path) -> None:
+_GONE = "the folder is gone", "Is the disk still mounted? Bring it back"
+_BROKEN = "the disk or its mount fails", "Check it (dmesg, mount)"
+_FORBIDDEN = "permission is denied", "Change the permissions"
+_LONG = "the limit on a file's size is reached", "Raise it (ulimit -f), or choose another file system"
+_OPEN = "too many files are open", "Raise the limit (ulimit -n)"
+_IN_THE_WAY = "a file stands where a folder should be", "Name another folder, or move the file away"
+_REASONS = {
+    errno.ENOSPC: ("the disk is full", "Free space (df -h and df -i show what is left)"),
+    errno.EDQUOT: ("your quota is used up", "Free space, or have the quota raised"),
+    errno.EROFS: ("the file system is read-only", "Mount it writable, or name another folder"),
+    errno.EACCES: _FORBIDDEN,
+    errno.EPERM: _FORBIDDEN,
+    errno.EFBIG: _LONG,
+    errno.EMFILE: _OPEN,
+    errno.ENFILE: _OPEN,
+    errno.ENOENT: _GONE,
+    errno.ESTALE: _GONE,
+    errno.ENODEV: _GONE,
+    errno.ENXIO: _GONE,
+    errno.ENOTCONN: _GONE,
+    errno.EHOSTDOWN: _GONE,
+    errno.EIO: _BROKEN,
+    errno.ETIMEDOUT: _BROKEN,
+    errno.ENOTDIR: _IN_THE_WAY,
+    errno.EEXIST: _IN_THE_WAY,
+}
+"""What an error number means to whoever runs a build, and what to do about it."""
+_ABSENT = {errno.ENOENT, errno.EISDIR, errno.ENOTDIR}
+"""One file is missing: that is damage, and no fault of the disk."""
+
+
+def file_error(path: Path, root: Path, error: OSError, rule: str = "cannot be written") -> BuildError:
+    """What to say of a file of a cache that the operating system refuses."""
+    known = _REASONS.get(error.errno or 0)
+    reason, todo = known or ("the operating system refuses", "Correct that")
+    hint = f"{todo}, then run the same command again: it goes on. Nothing that is committed is damaged."
+    return BuildError(str(path), f"{rule}: {reason} ({error.strerror or error})", root, hint)
+
+
+@contextlib.contextmanager
+def file_errors(root: Path) -> Iterator[None]:
+    """Turns what the operating system refuses below a cache's root into a `BuildError` that says what to do."""
+    try:
+        yield
+    except CacheError as error:
+        cause = error.__cause__
+        if isinstance(cause, OSError) and (isinstance(error, CacheNotFoundError) or cause.errno not in _ABSENT):
+            raise file_error(root / error.field, root, cause, "cannot be read") from error
+        raise
+    except OSError as error:
+        path = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else None
+        if path is None or not path.absolute().is_relative_to(root.absolute()):
+            raise
+        raise file_error(path, root, error, "cannot be used") from error
+
+
+def make_folder(folder: Path) -> None:
     """Makes a folder and those above it; each new name is synced into its parent, or a crash could lose it."""
     if folder.is_dir():
         return
     if folder.parent != folder:
-        _make_folder(folder.parent)
+        make_folder(folder.parent)
     folder.mkdir(exist_ok=True)
     sync_folder(folder.parent)
 
@@ -85,12 +145,19 @@ def is_temporary(path: Path) -> bool:
     return re.fullmatch(r".+\.[0-9a-f]{32}\.tmp", path.name) is not None
 
 
-def remove_temporary(root: Path) -> int:
+def remove_temporary(root: Path, kept: Callable[[str], bool] = lambda _name: False) -> int:
     """Removes what a killed writer left under temporary names; returns how many files.
 
     Only names that `write_atomic` makes: the folder may be someone's home, named by mistake.
+
+    Args:
+        root: the cache.
+        kept: told the path, below the root, that a temporary file would get; true where its writer is at work.
+            Asked after all of them were found: a writer that claims a file later has no hand in these.
     """
     leftovers = [path for path in root.rglob("*.tmp") if is_temporary(path)]
-    for path in leftovers:
+    finals = (path.relative_to(root).with_name(path.name[: -len(".tmp") - 33]).as_posix() for path in leftovers)
+    removed = [path for path, final in zip(leftovers, finals, strict=True) if not kept(final)]
+    for path in removed:
         path.unlink(missing_ok=True)
-    return len(leftovers)
+    return len(removed)

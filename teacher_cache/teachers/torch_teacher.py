@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from teacher_cache.errors import TeacherError
 from teacher_cache.fingerprint import fingerprint
-from teacher_cache.spec import FieldSpec, NormalizeSpec
+from teacher_cache.spec import HEAD_INPUT, FeatureHead, FieldSpec, NormalizeSpec
 from teacher_cache.views import normalize
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -45,12 +45,15 @@ class TorchTeacher:
         self._module = module.requires_grad_(False).to(device=device)
         if channels_last:
             self._module = self._module.to(memory_format=torch.channels_last)
-        self._normalize, self._precision, self._device = normalize, precision, torch.device(device)
+        self._normalize, self.precision, self._device = normalize, precision, torch.device(device)
         self._fields = dict(fields)
         self._tapped: dict[str, Tensor] = {}
         for name in self._fields:
             if name != "logits":
                 self._tap(name)
+        wanted = self._fields["logits"].encoding if "logits" in self._fields else None
+        self.head = self._tap_head(wanted) if isinstance(wanted, FeatureHead) else None
+        """The linear layer whose inputs are answered as `HEAD_INPUT`, where its encoding asks for them."""
         self.fingerprint = fingerprint(
             "teacher",
             1,
@@ -98,13 +101,28 @@ class TorchTeacher:
 
         inner.register_forward_hook(keep)
 
+    def _tap_head(self, wanted: FeatureHead) -> tuple[str, nn.Linear]:
+        """The layer that a configuration names, or the last one; its inputs are kept of every forward pass."""
+        linear = {name: module for name, module in self._module.named_modules() if isinstance(module, nn.Linear)}
+        name = wanted.head if wanted.head is not None else next(reversed(linear), "")
+        if name not in linear:
+            known = ", ".join(linear)[:400] or "none"
+            hint = f"Linear layers: {known}. Use dense_u8 or top_k for a head that is not linear."
+            raise TeacherError("teacher.fields.logits.encoding.head", "must name an nn.Linear", name, hint)
+
+        def keep(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            self._tapped[HEAD_INPUT] = inputs[0].detach().clone()
+
+        linear[name].register_forward_pre_hook(keep)
+        return name, linear[name]
+
     @torch.inference_mode()
     def __call__(self, views_BCHW: Tensor) -> dict[str, Tensor]:
         """uint8 views to float32 fields. Copies to and from the device are the only transfers."""
         inputs = normalize(views_BCHW.to(self._device), self._normalize).contiguous(memory_format=self._format)
         self._tapped.clear()
-        autocast = self._precision in _AUTOCAST
-        dtype = _AUTOCAST.get(self._precision, torch.bfloat16)
+        autocast = self.precision in _AUTOCAST
+        dtype = _AUTOCAST.get(self.precision, torch.bfloat16)
         with torch.autocast(self._device.type, dtype=dtype, enabled=autocast):
             logits = self._module(inputs)
         if not isinstance(logits, Tensor):
@@ -116,10 +134,11 @@ class TorchTeacher:
         if missing:
             hint = "The node is not used in a forward pass; choose another."
             raise TeacherError(f"teacher.fields.{missing[0]}", "was never computed", missing[0], hint)
-        return {
+        answer = {
             name: _attention(outputs[name]) if name.startswith("attention:") else _pooled(outputs[name], field)
             for name, field in self._fields.items()
         }
+        return {**answer, HEAD_INPUT: outputs[HEAD_INPUT].float()} if self.head is not None else answer
 
 
 def _attention(value: Tensor) -> Tensor:

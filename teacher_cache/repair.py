@@ -1,0 +1,289 @@
+"""Repair: exactly the bad shards computed again, and written only where the very bytes come out that were committed.
+
+What can be made again: shard files (from source, views and teacher, byte for byte, on the kind of machine that built
+them) and `zarr.json` files (from the manifest). What cannot: the manifest and its tables. They say what the rest must
+be, and nothing is left that could say it of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from teacher_cache.errors import BuildError, CacheError, CacheNotFoundError, CorruptionError, MismatchError
+from teacher_cache.manifest import MANIFEST, Manifest, read_manifest
+from teacher_cache.problem import Problem, problem_of
+from teacher_cache.reader import Cache
+from teacher_cache.receipts import Receipt, receipt_path
+from teacher_cache.shard_job import Job, Work, open_job, run_work
+from teacher_cache.spec import SourceSpec
+from teacher_cache.storage import FileRecord, write_atomic
+from teacher_cache.storage.files import sync_folder
+from teacher_cache.verify import bad_receipts, damage_problems, is_anothers
+from teacher_cache.verify_bytes import Damage, Place, find_damage
+from teacher_cache.verify_recompute import open_again
+from teacher_cache.verify_structure import structure
+
+Progress = Callable[[int, int, int], None]
+"""Called after each shard with (rows done, rows in all, rows that this run has computed), as a build's."""
+
+_TABLES = (
+    f"`repair` cannot make it: {MANIFEST} and its tables (samples, receipts, references, constants) say what all else "
+    "must be. Restore it from a copy of this cache, or build the cache again."
+)
+
+
+@dataclass(frozen=True)
+class RepairReport:
+    """What was made good and what was not."""
+
+    path: str
+    written: tuple[str, ...]
+    """Files that are as they were committed again."""
+    uncommitted: tuple[str, ...]
+    """Receipts that were taken away, of a cache that is being built: `build` makes their shards again."""
+    removed: tuple[str, ...]
+    """Files that belonged to nothing."""
+    rows: int
+    """Rows that were computed."""
+    seconds: float
+    left: tuple[Problem, ...]
+    """What is still wrong."""
+
+    @property
+    def ok(self) -> bool:
+        """Nothing is wrong any more."""
+        return not self.left
+
+    @property
+    def rows_per_second(self) -> float:
+        """Rows computed in a second."""
+        return self.rows / self.seconds if self.seconds else 0.0
+
+
+@dataclass
+class _Done:
+    written: list[str] = field(default_factory=list)
+    uncommitted: list[str] = field(default_factory=list)
+    removed: list[str] = field(default_factory=list)
+    rows: int = 0
+    left: list[Problem] = field(default_factory=list)
+
+
+def repair(
+    path: str | Path,
+    source: SourceSpec | None = None,
+    remove_strays: bool = False,
+    progress: Progress | None = None,
+) -> RepairReport:
+    """Finds what `verify` finds, and makes it good.
+
+    Of a sealed cache each bad shard is computed again, and a file is written only if it has the size and the digest
+    of the sealed receipts. Of a cache that is being built, what is bad is no longer committed, and the next `build`
+    makes it again; run none meanwhile. Each file appears whole or not at all; the same call goes on after Ctrl-C.
+
+    Args:
+        path: the cache.
+        source: where the data set is now, if not where the manifest says.
+        remove_strays: whether to remove files that belong to nothing.
+        progress: told after each shard.
+
+    Raises:
+        CacheNotFoundError: there is no cache.
+        MismatchError: source, teacher or recipe is another one now, or this machine computes other bytes; nothing
+            has been changed but what came out right.
+        WorkError: a shard could not be made, or a file could not be written.
+    """
+    root, started, done = Path(path), time.perf_counter(), _Done()
+    manifest = _manifest(root, done)
+    if manifest is not None and manifest.state == "building":
+        bad = bad_receipts(root, manifest)
+        # With another cache's manifest all receipts seem to be wrong, and none is.
+        _uncommit(root, [] if is_anothers(root, manifest, bad) else [error.field for error in bad], done)
+    cache = _opened(root, source, done) if manifest is not None else None
+    if cache is not None:
+        _repair(cache, find_damage(cache), remove_strays, progress, done)
+    return RepairReport(
+        path=str(root),
+        written=tuple(done.written),
+        uncommitted=tuple(done.uncommitted),
+        removed=tuple(done.removed),
+        rows=done.rows,
+        seconds=time.perf_counter() - started,
+        left=tuple(done.left),
+    )
+
+
+def _manifest(root: Path, done: _Done) -> Manifest | None:
+    try:
+        return read_manifest(root)
+    except CacheNotFoundError:
+        raise
+    except CacheError as error:
+        done.left.append(problem_of(error, _TABLES if isinstance(error, CorruptionError) else None))
+        return None
+
+
+def _opened(root: Path, source: SourceSpec | None, done: _Done) -> Cache | None:
+    try:
+        return Cache(root, source)
+    except CacheNotFoundError:
+        raise
+    except CacheError as error:
+        done.left.append(problem_of(error, _TABLES))
+        return None
+
+
+def _repair(cache: Cache, damage: Damage, remove_strays: bool, progress: Progress | None, done: _Done) -> None:
+    if wrong := list(structure(cache)):
+        # What the manifest says is itself in doubt: nothing is changed on its word.
+        done.left += [*wrong, *damage_problems(cache, damage)]
+        return
+    building = cache.manifest.state == "building"
+    if remove_strays:
+        # They go first: one may stand where a folder must be.
+        _remove(cache.path, damage.strays, done)
+        damage = replace(damage, strays=())
+    for name, data in damage.metadata.items():
+        _write(cache.path, name, data, done)
+    if building:
+        _make_room(cache.path, damage)
+        _uncommit(cache.path, [receipt_path(*place) for place in damage.shards], done)
+    elif damage.shards:
+        _recompute(cache, damage.shards, progress, done)
+    # Holes of a cache that is being built are no damage: `build` fills them.
+    rest = replace(damage, shards={}, metadata={}, tables=(), holes=() if building else damage.holes)
+    done.left += [problem_of(error, _TABLES) for error in damage.tables]
+    done.left += damage_problems(cache, rest)
+
+
+def _make_room(root: Path, damage: Damage) -> None:
+    """An empty folder in a file's place would stop the build that is to write the file."""
+    for error in (error for errors in damage.shards.values() for error in errors):
+        with contextlib.suppress(OSError):
+            (root / error.field).rmdir()
+
+
+def _remove(root: Path, strays: tuple[str, ...], done: _Done) -> None:
+    for name in strays:
+        path = root / name
+        if name.endswith("/"):
+            path.rmdir()
+        else:
+            path.unlink(missing_ok=True)
+        done.removed.append(name)
+        _remove_empty(root, path.parent)
+    for folder in {(root / name).parent for name in strays}:
+        if folder.is_dir():
+            sync_folder(folder)
+
+
+def _remove_empty(root: Path, folder: Path) -> None:
+    """Folders that are empty now lead to no file: those of the cache are made again when one is written."""
+    while folder != root and root in folder.parents:
+        try:
+            folder.rmdir()
+        except OSError:
+            return
+        folder = folder.parent
+
+
+def _write(root: Path, name: str, data: bytes, done: _Done) -> None:
+    # An empty folder in a file's place cannot be renamed over, and holds nothing.
+    with contextlib.suppress(OSError):
+        (root / name).rmdir()
+    write_atomic(root, name, data)
+    done.written.append(name)
+
+
+def _uncommit(root: Path, receipts: list[str], done: _Done) -> None:
+    for name in receipts:
+        path = root / name
+        try:
+            path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+        except OSError as error:
+            hint = "Empty that folder, or change the permissions; then run the same command again."
+            raise BuildError(name, "cannot be removed", error, hint) from error
+        done.uncommitted.append(name)
+    if receipts and (root / "receipts").is_dir():
+        sync_folder(root / "receipts")
+
+
+def _recompute(
+    cache: Cache, damaged: Mapping[Place, tuple[CacheError, ...]], progress: Progress | None, done: _Done
+) -> None:
+    spans = [cache.manifest.grid.span(shard) for _, shard in damaged]
+    total = sum(stop - start for start, stop in spans)
+    tell = progress or (lambda _done, _total, _built: None)
+    tell(0, total, 0)
+    threads = torch.get_num_threads()
+    # Part of the identity: it can change the last bit of a logit.
+    torch.set_num_threads(cache.spec.compute.threads)
+    try:
+        job = open_job(cache.path, cache.manifest, open_again(cache))
+        for (place, errors), (start, stop) in zip(damaged.items(), spans, strict=True):
+            try:
+                if not _repair_shard(cache, job, place, done):
+                    done.left += [problem_of(error, _TABLES) for error in errors]
+            except CorruptionError as error:
+                # One of its samples is not what the teacher saw: other shards have other samples.
+                done.left.append(problem_of(error))
+            done.rows += stop - start
+            tell(done.rows, total, done.rows)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _repair_shard(cache: Cache, job: Job, place: Place, done: _Done) -> bool:
+    """Makes a shard in a folder of its own, compares all of it with the receipts, then writes what differs.
+
+    Returns:
+        Whether something differed; if not, what is wrong was signed.
+    """
+    before, (view, shard) = len(done.written), place
+    with tempfile.TemporaryDirectory(prefix="teacher-cache-repair-") as folder:
+        scratch = Path(folder)
+        receipt = _made(cache, replace(job, root=scratch), Work((view,), shard))
+        _require_same(cache, receipt)
+        for record in receipt.files:
+            data = (scratch / record.path).read_bytes()
+            if not _stands(cache.path / record.path, data):
+                _write(cache.path, record.path, data, done)
+    return len(done.written) > before
+
+
+def _made(cache: Cache, job: Job, work: Work) -> Receipt:
+    try:
+        (receipt,) = run_work(job, work)
+    except MismatchError as error:
+        if error.field not in cache.samples.keys:
+            raise
+        raise CorruptionError(error.field, error.rule, error.value, error.hint) from error
+    return receipt
+
+
+def _stands(path: Path, data: bytes) -> bool:
+    """Whether a file is there and has these bytes: then it is not touched."""
+    try:
+        return path.is_file() and path.read_bytes() == data
+    except OSError:
+        return False
+
+
+def _require_same(cache: Cache, receipt: Receipt) -> None:
+    committed: dict[str, FileRecord] = cache.files[receipt.view, receipt.shard]
+    for record in receipt.files:
+        if committed.get(record.path) != record:
+            rule = f"must come out as it was committed, with digest {committed[record.path].digest}"
+            then = f"device, processor, and versions {cache.manifest.versions}"
+            hint = (
+                f"This machine computes other bytes, and nothing of this shard was changed. Run the same command on a "
+                f"machine like the one that built it ({then}), restore the file from a copy, or build the cache again."
+            )
+            raise MismatchError(record.path, rule, record.digest, hint)
