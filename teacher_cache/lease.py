@@ -234,32 +234,40 @@ class Lease:
 
     def release(self, name: str) -> None:
         """Gives a claim back; one that was lost is left to whoever has it."""
-        ours = self.held.pop(name, None)
+        ours = self.held.get(name)
         builder = Builder.from_bytes(_read(ours)) if ours is not None else None
-        if ours is None or builder is None or builder.id != self.me.id:
-            return
-        places = [path for path, _ in _chain(self.root, name)[0]]
-        if places and places[-1] == ours:
-            # The first of the chain first: without it nobody can follow the others.
-            for path in places:
-                path.unlink(missing_ok=True)
-        elif ours not in places:
-            ours.unlink(missing_ok=True)
+        if ours is not None and builder is not None and builder.id == self.me.id:
+            places = [path for path, _ in _chain(self.root, name)[0]]
+            if places and places[-1] == ours:
+                # The first of the chain first: without it nobody can follow the others.
+                for path in places:
+                    path.unlink(missing_ok=True)
+            elif ours not in places:
+                ours.unlink(missing_ok=True)
+        # Forgotten last: Ctrl-C in the middle must not leave it there.
+        self.held.pop(name, None)
 
     def _close(self) -> None:
         """Gives everything back, as far as the disk lets us: what stays is known to be ours, and we are gone."""
         with self._lock:
             self._closed.set()
         try:
-            with contextlib.suppress(OSError):
-                for name in tuple(self.held):
-                    self.release(name)
-                for path in (self._path, self._path.with_suffix(".next")):
-                    path.unlink(missing_ok=True)
-            _remove_if_empty(self.root / CLAIMS)
-            _remove_if_empty(self._path.parent)
+            self._give_back()
+        except BaseException:
+            # Ctrl-C while leaving: once more.
+            self._give_back()
+            raise
         finally:
             HERE.discard(self.me.id)
+
+    def _give_back(self) -> None:
+        with contextlib.suppress(OSError):
+            for name in tuple(self.held):
+                self.release(name)
+            for path in (self._path, self._path.with_suffix(".next")):
+                path.unlink(missing_ok=True)
+        _remove_if_empty(self.root / CLAIMS)
+        _remove_if_empty(self._path.parent)
 
 
 def _link(existing: Path, place: Path) -> None:

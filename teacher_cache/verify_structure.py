@@ -15,13 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from teacher_cache.encodings.constants import needs_constants
-from teacher_cache.errors import SpecError, TeacherCacheError
+from teacher_cache.errors import CorruptionError, SpecError, TeacherCacheError
 from teacher_cache.fingerprint import fingerprint, key_digests
 from teacher_cache.manifest import MANIFEST, Manifest, TableRef
 from teacher_cache.problem import Problem, problem_of
 from teacher_cache.proof import REFERENCES
 from teacher_cache.reader import Cache
-from teacher_cache.samples import RECEIPTS, read_columns, read_constants
+from teacher_cache.samples import RECEIPTS, read_checked, read_columns, read_constants
 from teacher_cache.sources import Source, source_fingerprint
 from teacher_cache.spec import BuildSpec
 from teacher_cache.views import open_recipe
@@ -166,7 +166,12 @@ def _receipts(cache: Cache) -> Wrong:
 
 def _references(cache: Cache) -> Wrong:
     manifest, table = cache.manifest, cache.manifest.references
-    if table is None or not (cache.path / table.path).is_file():
+    if table is None:
+        return
+    try:
+        read_checked(cache.path, table)
+    except CorruptionError:
+        # Its bytes are not the cache's: that is found, and said, where bytes are compared.
         return
     columns = read_columns(cache.path, table, REFERENCES)
     size = math.prod(manifest.view_shape)

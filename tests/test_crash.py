@@ -25,7 +25,7 @@ def reference(request: pytest.FixtureRequest, arrays: Path, tmp_path_factory: py
     return Reference(tmp_path_factory.mktemp(request.param), arrays, request.param)
 
 
-@pytest.mark.parametrize(("executor", "kills"), [("serial", 4), ("ray", 2)])
+@pytest.mark.parametrize(("executor", "kills"), [("serial", 4), pytest.param("ray", 2, marks=pytest.mark.slow)])
 def test_killed_at_random_moments(reference: Reference, executor: Executor, kills: int) -> None:
     """Driver, actor, or all of Ray; the reader that watches sees exact values and holes only."""
     outcome = run_case(reference, executor, SEED, kills)

@@ -218,6 +218,7 @@ class TestEveryOperation:
                 left = [path.name for path in failed.root.rglob("*") if is_temporary(path)]
                 assert not left, failed.place
                 assert at_work(failed.root) == []
+                assert not [*failed.root.glob("builders/*"), *failed.root.glob("claims/*")], failed.place
 
 
 @contextmanager
@@ -334,7 +335,7 @@ class TestSignals:
         [
             ("serial", signal.SIGINT),
             ("serial", signal.SIGTERM),
-            ("ray", signal.SIGTERM),
+            pytest.param("ray", signal.SIGTERM, marks=pytest.mark.slow),
             pytest.param("ray", signal.SIGINT, marks=pytest.mark.slow),
         ],
     )

@@ -120,6 +120,7 @@ def test_poison_becomes_a_tombstone(cluster: None, tmp_path: Path) -> None:
     assert build(spec, "ray").tombstones == report.tombstones
 
 
+@pytest.mark.slow
 def test_poison_in_one_view_is_poison_in_all(cluster: None, tmp_path: Path) -> None:
     """A flip hides one sample in view 1 and another in view 0: whoever comes first, both are left out of both.
 
@@ -155,6 +156,7 @@ def test_poison_in_one_view_is_poison_in_all(cluster: None, tmp_path: Path) -> N
     assert tree(tmp_path / "together") == expected
 
 
+@pytest.mark.slow
 def test_a_serial_build_leaves_out_what_ray_has_found(cluster: None, tmp_path: Path) -> None:
     """The poison lies in the receipts; the serial loop, which could not survive it, goes on without it."""
     views = {"recipe": [{"horizontal_flip": {}}], "count": 2, "seed": 11}
@@ -171,6 +173,7 @@ def test_a_serial_build_leaves_out_what_ray_has_found(cluster: None, tmp_path: P
     assert tree(tmp_path / "cache") == without(spec, {20}, tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_no_single_sample_is_to_blame(cluster: None, tmp_path: Path) -> None:
     """Two that kill only together are no tombstones: the build ends and names the shard, what is committed stays."""
     spec = poisonous(tmp_path, "cache", {17: 0, 18: 0}, teacher__arguments={"together": True})
@@ -182,6 +185,7 @@ def test_no_single_sample_is_to_blame(cluster: None, tmp_path: Path) -> None:
     assert tc.open(spec.cache).alive.all()
 
 
+@pytest.mark.slow
 def test_a_recipe_that_mixes_is_not_bisected(cluster: None, tmp_path: Path) -> None:
     """There a partner may be to blame, and other rows' views depend on which samples are there."""
     views = {"recipe": [{"cutmix": {}}], "count": 1, "seed": 3}
