@@ -581,6 +581,7 @@ class TestJoin:
         serial(toy_spec(tmp_path / "whole", arrays, **changes))
         assert tree(tmp_path / "cache") == tree(tmp_path / "whole")
 
+    @pytest.mark.slow
     def test_ray_and_a_loop(self, spec: BuildSpec, arrays: Path, whole: dict[str, str]) -> None:
         """Workers on Ray claim through their driver; a loop beside them takes what they have not."""
         begun = threading.Event()

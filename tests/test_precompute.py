@@ -104,6 +104,7 @@ def without(spec: BuildSpec, rows: set[int], path: Path) -> dict[str, str]:
     return tree(path)
 
 
+@pytest.mark.slow
 def test_poison_becomes_a_tombstone(cluster: None, tmp_path: Path) -> None:
     """Two samples of one shard: the rest is as if these could not be decoded."""
     store = {"kind": "parquet", "shard_rows": 8, "chunk_rows": 4}
