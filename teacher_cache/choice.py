@@ -12,12 +12,12 @@ from torch import Tensor
 
 from teacher_cache.calibrate import calibrate
 from teacher_cache.encodings.calibration import Calibration
-from teacher_cache.encodings.constants import Arrays, needs_constants
+from teacher_cache.encodings.constants import Arrays, has_prior, needs_constants
 from teacher_cache.encodings.feature_head import largest_difference
 from teacher_cache.encodings.u8_channel import Ranges, channel_axis
 from teacher_cache.errors import SourceError, TeacherError
 from teacher_cache.loader import ViewLoader
-from teacher_cache.spec import HEAD_INPUT, Auto, FeatureHead, FieldSpec, TopK, U8Channel
+from teacher_cache.spec import HEAD_INPUT, Auto, FeatureHead, FieldSpec, U8Channel
 from teacher_cache.teachers import Teacher, TorchTeacher, padded
 from teacher_cache.views.philox import view_words
 
@@ -135,7 +135,7 @@ class _Look:
         self, fields: Mapping[str, FieldSpec], head: tuple[str, torch.nn.Linear] | None, teacher: Teacher
     ) -> None:
         self._logits: list[Tensor] = []
-        self._prior = [name for name, item in fields.items() if _has_prior(item)]
+        self._prior = [name for name, item in fields.items() if has_prior(item.encoding)]
         self._ranges: dict[str, Ranges | None] = {
             name: None for name, item in fields.items() if isinstance(item.encoding, U8Channel)
         }
@@ -192,7 +192,3 @@ class _Look:
 def _weights(head: torch.nn.Linear) -> tuple[Tensor, Tensor]:
     weight = head.weight.detach().float().cpu()
     return weight, weight.new_zeros(len(weight)) if head.bias is None else head.bias.detach().float().cpu()
-
-
-def _has_prior(item: FieldSpec) -> bool:
-    return isinstance(item.encoding, TopK) and item.encoding.tail == "prior"

@@ -11,14 +11,19 @@ import torch
 from numpy.typing import NDArray
 
 from teacher_cache.encodings.scales import Shared
-from teacher_cache.spec import EncodingSpec, FeatureHead, TopK, U8Channel
+from teacher_cache.spec import Auto, EncodingSpec, FeatureHead, TopK, U8Channel
 
 Arrays = Mapping[str, NDArray[Any]]
 
 
 def needs_constants(spec: EncodingSpec) -> bool:
     """Whether an encoding reads constants."""
-    return isinstance(spec, U8Channel | FeatureHead) or (isinstance(spec, TopK) and spec.tail == "prior")
+    return isinstance(spec, U8Channel | FeatureHead) or has_prior(spec)
+
+
+def has_prior(spec: EncodingSpec | Auto) -> bool:
+    """Whether the classes that it leaves out share their mass as the teacher's mean does."""
+    return isinstance(spec, TopK) and spec.tail == "prior"
 
 
 def to_columns(constants: Mapping[str, Arrays]) -> dict[str, list[Any]]:

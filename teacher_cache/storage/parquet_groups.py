@@ -23,6 +23,7 @@ _MOST_BYTES = 2**30
 
 
 def digest_of(path: str, data: bytes) -> str:
+    """Of a whole file, bound to its place: the CRC-32C of the path followed by the bytes."""
     return f"{crc32c(path.encode() + data):08x}"
 
 
