@@ -7,7 +7,7 @@ from torch import Tensor
 from services.client import TeacherClient
 from services.schemas import TeacherCard
 from teacher_cache.errors import ServiceError, TeacherError
-from teacher_cache.spec import NormalizeSpec, TeacherSpec
+from teacher_cache.spec import NormalizeSpec, TeacherSpec, base_of
 
 
 class HttpTeacher:
@@ -39,16 +39,17 @@ class HttpTeacher:
 
     def __call__(self, views_BCHW: Tensor) -> dict[str, Tensor]:
         """uint8 [B, C, H, W] to float32 fields on the CPU, asked for in one request."""
-        answer = self._client.predict(views_BCHW.cpu(), fields=self.fields, digest=self.fingerprint)
+        asked = tuple(dict.fromkeys(map(base_of, self.fields)))
+        answer = self._client.predict(views_BCHW.cpu(), fields=asked, digest=self.fingerprint)
         found = dict(answer.features)
         if answer.values is not None:
             found["logits"] = answer.values
-        for name in self.fields:
+        for name in asked:
             if name not in found or len(found[name]) != len(views_BCHW):
                 shape = tuple(found[name].shape) if name in found else "no such tensor"
                 rule = f"must answer {name} for {len(views_BCHW)} images"
                 raise ServiceError(self._client.url, rule, shape, "Is it a teacher-serve of this version?")
-        return {name: found[name] for name in self.fields}
+        return {name: found[base_of(name)] for name in self.fields}
 
     def close(self) -> None:
         """Closes the connection; also done when the teacher is forgotten."""
@@ -66,10 +67,10 @@ def _refuse_local(spec: TeacherSpec) -> None:
 def _require_same(spec: TeacherSpec, card: TeacherCard) -> None:
     hint = f"Set it as the card says: GET /v1/teachers/{card.name}."
     for name, field in spec.fields.items():
-        if name not in card.fields:
+        if base_of(name) not in card.fields:
             known = f"It offers: {', '.join(card.fields)}."
             raise TeacherError(f"teacher.fields.{name}", "must be offered by the service", name, known)
-        pool = card.fields[name].pool
+        pool = card.fields[base_of(name)].pool
         if field.pool != pool:
             raise TeacherError(f"teacher.fields.{name}.pool", f"must be {pool}", field.pool, hint)
     theirs: dict[str, object] = {

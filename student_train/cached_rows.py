@@ -33,7 +33,7 @@ class _Cached:
         manifest = self.cache.manifest
         if manifest.class_names:
             return len(manifest.class_names)
-        return manifest.field_shapes["logits"][-1] if "logits" in manifest.field_shapes else None
+        return self.cache.shape_of("logits")[-1] if "logits" in self.cache.fields else None
 
     def decode(self, rows: NDArray[np.int64]) -> Decoded:
         """Decodes, and raises `MismatchError` where a sample's bytes have changed since the teacher saw it."""
@@ -71,7 +71,7 @@ class CachedRows(_Cached):
     @property
     def fingerprint(self) -> str:
         """The cache's identity, and the student's size where it has its own."""
-        whole = self.cache.manifest.identity.whole
+        whole = self.cache.manifest.whole
         if self._resized is None:
             return whole
         return fingerprint("cached-rows", 1, {"cache": whole, "size": self._resized.after})
@@ -138,7 +138,7 @@ class OwnViews(_Cached):
         self.views: int | None = None if recipe.random else cache.views
         self.normalize = recipe.normalize
         self._loader = ViewLoader(recipe, cache.key_digests, cache.item)
-        identity = {"cache": cache.manifest.identity.whole, "view": recipe.view_fingerprint}
+        identity = {"cache": cache.manifest.whole, "view": recipe.view_fingerprint}
         self.fingerprint = fingerprint("own-views", 1, identity)
 
     def render(self, decoded: Decoded, number: int, check: NDArray[np.int64]) -> Rendered:

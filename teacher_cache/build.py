@@ -4,28 +4,33 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
-from pathlib import Path
+from dataclasses import replace
 from typing import Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from teacher_cache.addition import Addition
 from teacher_cache.begin import Beginning, begin, found_manifest, prepare
 from teacher_cache.build_report import BuildReport, report_of
 from teacher_cache.builder import Builder
 from teacher_cache.claims import Claims
-from teacher_cache.errors import BuildError, CorruptionError, SpecError
+from teacher_cache.errors import BuildError, CorruptionError, SpecError, TeacherCacheError
 from teacher_cache.lease import LEAD, Lease, at_work
 from teacher_cache.manifest import Manifest, read_manifest
 from teacher_cache.plan import Opened, open_parts, worker_count
-from teacher_cache.poison import committed, known_poison
-from teacher_cache.receipts import Receipt, read_receipts
-from teacher_cache.seal import clear_superseded, require_fidelity, seal
+from teacher_cache.poison import is_current, known_poison
+from teacher_cache.receipts import Receipt, committed_shards, read_receipt, receipt_path
+from teacher_cache.seal import clear_superseded, seal
 from teacher_cache.shard_job import Work, open_job, run_work
 from teacher_cache.spec import BuildSpec
 from teacher_cache.storage import remove_temporary
 from teacher_cache.storage.files import file_errors
+from teacher_cache.storage.local_root import LocalRoot
+from teacher_cache.storage.root import Root, open_root
 
 __all__ = ["BuildReport", "Executor", "Progress", "build"]
 
@@ -60,47 +65,66 @@ def build(
     """
     if executor not in ("ray", "serial"):
         raise SpecError("executor", "must be ray or serial", executor, "Choose one of them.")
-    root = Path(spec.cache)
+    root = open_root(spec.cache)
     threads = torch.get_num_threads()
     # The number of threads can change the last bit of a logit: it is part of the identity and set everywhere.
     torch.set_num_threads(spec.compute.threads)
     try:
-        with file_errors(root):
+        with file_errors(root.path) if isinstance(root, LocalRoot) else contextlib.nullcontext():
             opened = open_parts(spec)
             beginning = prepare(root, opened)
-            if beginning.found is None or beginning.found.state == "building":
-                with Lease(root, join) as lease:
-                    return _build(root, opened, beginning, lease, executor, progress)
-            remove_temporary(root)
-            clear_superseded(root, beginning.found)
-            rows = beginning.found.rows * beginning.found.views
-            _Counter(progress, beginning.found).at(rows)
-            return report_of(root, beginning.found, 0, 0, 0.0)
+            counter = _Counter(progress, beginning.rows_left)
+            if beginning.done:
+                assert beginning.found is not None, "it is sealed"
+                _tidy(root, beginning.found)
+                counter.at(0)
+                return report_of(root, beginning, 0, 0, 0.0)
+            with Lease(root, join) as lease:
+                return _build(root, opened, beginning, lease, executor, counter)
     finally:
         torch.set_num_threads(threads)
 
 
+def _tidy(root: Root, manifest: Manifest) -> None:
+    if isinstance(root, LocalRoot):
+        remove_temporary(root.path)
+    clear_superseded(root, manifest)
+
+
 def _build(
-    root: Path, opened: Opened, beginning: Beginning, lease: Lease, executor: Executor, progress: Progress | None
+    root: Root, opened: Opened, beginning: Beginning, lease: Lease, executor: Executor, counter: _Counter
 ) -> BuildReport:
-    manifest = _enlist(root, opened, beginning, lease)
-    counter = _Counter(progress, manifest)
+    """One addition after the other, until all that was asked for is there."""
     seconds = 0.0
-    if manifest.state == "building":
-        claims = Claims(root, manifest, lease)
-        claims.tidy()
-        together = _together(opened.spec, manifest, executor)
-        started = time.perf_counter()
-        while missing := _missing(root, manifest, together, counter):
-            if not _run(root, opened, manifest, missing, executor, counter, claims):
-                time.sleep(_POLL)
-        seconds = time.perf_counter() - started
-        manifest = _finish(root, opened.spec, manifest, lease, claims)
-    return report_of(root, manifest, counter.shards, counter.built, seconds)
+    while not beginning.done:
+        manifest = _enlist(root, opened, beginning, lease)
+        if manifest.state == "building":
+            seconds += _add(root, opened, manifest, lease, executor, counter)
+        beginning = prepare(root, opened)
+    return report_of(root, beginning, counter.shards, counter.built, seconds)
 
 
-def _enlist(root: Path, opened: Opened, beginning: Beginning, lease: Lease) -> Manifest:
-    """Becomes the one that leads the build, or one of those that share it; the cache is then begun."""
+def _add(root: Root, opened: Opened, manifest: Manifest, lease: Lease, executor: Executor, counter: _Counter) -> float:
+    """Makes what is missing of the addition that is being built, and seals it; gives the seconds it took."""
+    addition = manifest.additions[-1]
+    claims = Claims(root, addition, lease)
+    claims.tidy()
+    fields = {name: opened.spec.teacher.fields[name] for name in addition.fields}
+    teacher = opened.spec.teacher.model_copy(update={"fields": fields})
+    opened = replace(opened, spec=opened.spec.model_copy(update={"teacher": teacher}))
+    together = _together(opened.spec, addition, executor)
+    started = time.perf_counter()
+    while missing := _missing(root, addition, together, counter):
+        if not _run(root, opened, manifest, missing, executor, counter, claims):
+            time.sleep(_POLL)
+    seconds = time.perf_counter() - started
+    _finish(root, opened.spec, addition, lease, claims)
+    counter.sealed(addition)
+    return seconds
+
+
+def _enlist(root: Root, opened: Opened, beginning: Beginning, lease: Lease) -> Manifest:
+    """Becomes the one that leads the build, or one of those that share it; an addition is then begun."""
     while True:
         leader = lease.claim(LEAD)
         if not lease.me.joined:
@@ -108,14 +132,15 @@ def _enlist(root: Path, opened: Opened, beginning: Beginning, lease: Lease) -> M
         # Whoever led before may have begun or sealed it since we looked.
         if found_manifest(root) != beginning.found:
             beginning = prepare(root, opened)
+        found = beginning.found
+        if found is not None and (found.state == "building" or beginning.done):
+            return found
         if leader is None:
-            return begin(root, opened, beginning)
-        if beginning.found is not None:
-            return beginning.found
+            return begin(root, beginning)
         time.sleep(_POLL)
 
 
-def _require_alone(root: Path, lease: Lease, leader: Builder | None) -> None:
+def _require_alone(root: Root, lease: Lease, leader: Builder | None) -> None:
     others = [one for one in at_work(root) if one.joined and one.id != lease.me.id]
     other = leader or (others[0] if others else None)
     if other is not None:
@@ -123,77 +148,99 @@ def _require_alone(root: Path, lease: Lease, leader: Builder | None) -> None:
             "Wait until it is done, or share the work: the same command with --join. If it is gone, the same command "
             "takes over when its lease has run out."
         )
-        raise BuildError(str(root), "is being built by another process", other, hint)
+        raise BuildError(root.url, "is being built by another process", other, hint)
 
 
-def _finish(root: Path, spec: BuildSpec, manifest: Manifest, lease: Lease, claims: Claims) -> Manifest:
+def _finish(root: Root, spec: BuildSpec, addition: Addition, lease: Lease, claims: Claims) -> None:
     """Seals what is complete, or waits until whoever leads has done so."""
     while True:
         leader = lease.claim(LEAD)
         now = read_manifest(root)
-        if now.state == "sealed":
-            return now
+        if not _is_open(now, addition):
+            return
         if leader is None:
-            require_fidelity(spec, manifest, root)
             claims.tidy()
-            return seal(root, manifest)
+            seal(root, spec, now)
+            return
         time.sleep(_POLL)
 
 
-def _together(spec: BuildSpec, manifest: Manifest, executor: Executor) -> int:
+def _is_open(manifest: Manifest, addition: Addition) -> bool:
+    """Whether an addition is still being built."""
+    now = manifest.open_addition
+    return now is not None and now.identity == addition.identity
+
+
+def _together(spec: BuildSpec, addition: Addition, executor: Executor) -> int:
     """How many views are made from one decoding: as told, or fewer where workers or memory would run out.
 
     A worker holds the rows of all these views until they are committed.
     """
     workers = 1 if executor == "serial" else worker_count(spec.compute)
-    held = manifest.store.shard_rows * sum(part.row_bytes for group in manifest.groups(0) for part in group.parts)
-    together = max(1, min(spec.compute.views_per_decode, manifest.views, _MOST_HELD // held))
-    while together > 1 and -(-manifest.views // together) * manifest.grid.shards < 4 * workers:
+    first, count = addition.extent.first_view, addition.extent.views
+    held = addition.store.shard_rows * sum(part.row_bytes for group in addition.groups(first) for part in group.parts)
+    together = max(1, min(spec.compute.views_per_decode, count, _MOST_HELD // held))
+    while together > 1 and -(-count // together) * addition.grid.shards < 4 * workers:
         together -= 1
     return together
 
 
-def _missing(root: Path, manifest: Manifest, together: int, counter: _Counter) -> list[Work]:
+def _missing(root: Root, addition: Addition, together: int, counter: _Counter) -> list[Work]:
     """What is left to do, `together` views of the same rows at a time; tells how many rows are done."""
+    missing, done, numbers = [], 0, addition.view_numbers
     try:
-        receipts = read_receipts(root, manifest)
+        poison = known_poison(root, addition)
+        for first in range(numbers.start, numbers.stop, together):
+            views = range(first, min(first + together, numbers.stop))
+            made_VS = np.stack([_made(root, addition, view, poison) for view in views])
+            done += sum(_rows(addition, int(shard)) for shard in np.argwhere(made_VS)[:, 1])
+            for shard in np.flatnonzero(~made_VS.all(axis=0)).tolist():
+                left = tuple(view for view, made in zip(views, made_VS[:, shard], strict=True) if not made)
+                missing.append(Work(left, shard, poison.get(shard, ())))
     except CorruptionError:
         # Another builder may be sealing: its receipts go while we read them.
-        if read_manifest(root).state == "building":
+        if _is_open(read_manifest(root), addition):
             raise
         return []
-    poison = known_poison(receipts)
-    done = committed(receipts, poison)
-    missing = []
-    for first in range(0, manifest.views, together):
-        for shard in range(manifest.grid.shards):
-            views = range(first, min(first + together, manifest.views))
-            left = tuple(view for view in views if (view, shard) not in done)
-            if left:
-                missing.append(Work(left, shard, poison.get(shard, ())))
-    if missing and read_manifest(root).state == "sealed":
+    if missing and not _is_open(read_manifest(root), addition):
         return []
-    counter.at(sum(_rows(manifest, shard) for _, shard in done))
+    counter.at(done)
     return missing
 
 
-def _rows(manifest: Manifest, shard: int) -> int:
-    start, stop = manifest.grid.span(shard)
+def _made(root: Root, addition: Addition, view: int, poison: Mapping[int, Sequence[int]]) -> NDArray[np.bool_]:
+    """The shards of a view that need not be made again, [shards]: of most of them it is enough that they are there."""
+    made = committed_shards(root, addition, view)
+    for shard, rows in poison.items():
+        if made[shard]:
+            made[shard] = is_current(read_receipt(root, receipt_path(view, shard), addition), rows)
+    return made
+
+
+def _rows(addition: Addition, shard: int) -> int:
+    start, stop = addition.span(shard)
     return stop - start
 
 
 class _Counter:
     """Adds up rows as receipts come in, and tells whoever shows the progress."""
 
-    def __init__(self, progress: Progress | None, manifest: Manifest) -> None:
-        self.progress, self.total = progress, manifest.rows * manifest.views
+    def __init__(self, progress: Progress | None, total: int) -> None:
+        self.progress, self.total = progress, total
         self.done, self.built, self.shards = -1, 0, 0
+        self._before = 0
+        """Rows of additions that were sealed since."""
 
     def at(self, done: int) -> None:
-        """So many rows are committed, by whomever."""
-        if done != self.done:
-            self.done = done
+        """So many rows of the addition that is being built are committed, by whomever."""
+        if self._before + done != self.done:
+            self.done = self._before + done
             self._tell()
+
+    def sealed(self, addition: Addition) -> None:
+        """An addition is sealed, and the next one begins."""
+        self._before += addition.rows * addition.extent.views
+        self.at(0)
 
     def add(self, rows: int) -> None:
         self.done += rows
@@ -207,7 +254,7 @@ class _Counter:
 
 
 def _run(
-    root: Path,
+    root: Root,
     opened: Opened,
     manifest: Manifest,
     missing: list[Work],
@@ -221,10 +268,10 @@ def _run(
         with closing(_receipts(root, opened, manifest, missing, executor, claims)) as receipts:
             for receipt in receipts:
                 claims.committed(receipt)
-                counter.add(_rows(manifest, receipt.shard))
+                counter.add(_rows(manifest.additions[-1], receipt.shard))
     except BaseException as error:
         # Closing has stopped the workers, also after Ctrl-C: what they had half written goes too, if the disk lets us.
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, TeacherCacheError):
             claims.tidy()
         if isinstance(error, OSError | BuildError):
             claims.require()
@@ -233,7 +280,7 @@ def _run(
 
 
 def _receipts(
-    root: Path, opened: Opened, manifest: Manifest, missing: list[Work], executor: Executor, claims: Claims
+    root: Root, opened: Opened, manifest: Manifest, missing: list[Work], executor: Executor, claims: Claims
 ) -> Generator[Receipt, None, None]:
     waiting = iter(missing)
     first = next(filter(None, map(claims.take, waiting)), None)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
-from teacher_cache import samples as sample_table
-from teacher_cache.manifest import Manifest
+from teacher_cache.begin import Beginning
+from teacher_cache.encodings import fidelity
+from teacher_cache.plan import Prospect
+from teacher_cache.samples import Samples
+from teacher_cache.spec import is_logits
+from teacher_cache.storage.root import Root
 
 
 @dataclass(frozen=True)
@@ -17,6 +20,7 @@ class BuildReport:
     rows: int
     views: int
     shards_total: int
+    """Of the additions by this teacher that hold fields of the configuration."""
     shards_built: int
     """In this run; the others were committed before."""
     rows_built: int
@@ -36,32 +40,38 @@ class BuildReport:
         return self.rows_built / self.seconds if self.seconds else 0.0
 
 
-def report_of(root: Path, manifest: Manifest, shards: int, rows: int, seconds: float) -> BuildReport:
-    """The report of a sealed cache, of which a run has made so many shards and rows in so many seconds."""
-    assert manifest.totals is not None, "a sealed manifest has totals"
-    totals = manifest.totals
-    table = sample_table.read_samples(root, manifest.samples)
-    accuracy = totals.correct / totals.labelled if totals.labelled else None
+def report_of(root: Root, beginning: Beginning, shards: int, rows: int, seconds: float) -> BuildReport:
+    """The report of what a configuration asked for, of which a run has made so many shards and rows."""
+    manifest, seen = beginning.found, beginning.seen
+    assert manifest is not None, "it was built"
+    mine = [item for item in seen.by_teacher() if set(item.fields) & set(seen.fields)]
+    totals = [item.totals for item in mine if item.totals is not None]
+    labelled = sum(item.labelled for item in totals)
+    accuracy = sum(item.correct for item in totals) / labelled if labelled else None
     return BuildReport(
-        path=str(root),
+        path=root.url,
         rows=manifest.rows,
         views=manifest.views,
-        shards_total=manifest.views * manifest.grid.shards,
+        shards_total=sum(item.extent.views * item.grid.shards for item in mine),
         shards_built=shards,
         rows_built=rows,
         seconds=seconds,
-        bytes=totals.bytes,
+        bytes=sum(item.bytes for item in totals),
         teacher_accuracy=accuracy,
-        tombstones=tuple((k, r) for k, r in zip(table.keys, table.reasons, strict=True) if r),
-        fidelity=totals.fidelity,
-        warnings=_warnings(manifest, accuracy),
+        tombstones=Samples(root, manifest).tombstones,
+        fidelity={
+            field: fidelity.merged(item.fidelity[field] for item in totals if field in item.fidelity)
+            for field in seen.fields
+        },
+        warnings=_warnings(seen, accuracy),
     )
 
 
-def _warnings(manifest: Manifest, accuracy: float | None) -> tuple[str, ...]:
-    if accuracy is None or "logits" not in manifest.field_shapes:
+def _warnings(seen: Prospect, accuracy: float | None) -> tuple[str, ...]:
+    shape = next((shape for field, shape in seen.shapes.items() if is_logits(field)), None)
+    if accuracy is None or shape is None:
         return ()
-    chance = 1 / manifest.field_shapes["logits"][-1]
+    chance = 1 / shape[-1]
     if accuracy >= chance + 0.1 * (1 - chance):
         return ()
     return (

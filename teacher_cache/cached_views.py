@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from teacher_cache.errors import CorruptionError, MismatchError
-from teacher_cache.loader import Decoded, ViewLoader
-from teacher_cache.sources import BrokenSample, Item, Source, open_source, source_fingerprint
+from teacher_cache.errors import MismatchError
+from teacher_cache.loader import Decoded, KnownItems, ViewLoader
+from teacher_cache.sources import Item, Source, open_source, source_fingerprints
 from teacher_cache.spec import BuildSpec
 from teacher_cache.views import Recipe, Views, open_recipe
-from teacher_cache.views.drawing import image_sizes
 from teacher_cache.views.operations import Params
 from teacher_cache.views.student_size import Resized
 
@@ -35,10 +34,14 @@ class CachedViews:
             MismatchError: the data set that is there now is another one.
         """
         spec: BuildSpec = self._cache.spec
-        source = open_source(spec.source)
-        if source_fingerprint(source) != self._cache.manifest.identity.source:
-            hint = "Restore the data set, or open the cache with source=… where it is."
-            raise MismatchError("source", "must be the one that the cache was built over", spec.source, hint)
+        source, manifest = open_source(spec.source), self._cache.manifest
+        hint = "Restore the data set, or open the cache with source=… where it is."
+        rule = f"must begin with the {manifest.rows} samples that the cache was built over"
+        if len(source) < manifest.rows:
+            raise MismatchError("source", rule, f"{len(source)} samples", hint)
+        # It may have grown at its end since.
+        if source_fingerprints(source, [manifest.rows])[0] != manifest.segments[-1].source:
+            raise MismatchError("source", rule, spec.source, hint)
         return source
 
     @cached_property
@@ -50,32 +53,23 @@ class CachedViews:
         """
         manifest = self._cache.manifest
         recipe = open_recipe(self._cache.spec.views)
-        if recipe.view_fingerprint != manifest.identity.view:
-            hint = f"The cache was built with {manifest.versions}; use those, or native operations."
+        if recipe.view_fingerprint != manifest.first.identity.view:
+            hint = f"The cache was built with {manifest.first.versions}; use those, or native operations."
             raise MismatchError("recipe", "must give the cache's views", recipe.describe(), hint)
         return recipe
 
     @cached_property
     def loader(self) -> ViewLoader:
         """Decodes rows, each compared with the content digest of what the teacher saw."""
-        return ViewLoader(self.recipe, self._cache.key_digests, self.item)
+        return ViewLoader(self.recipe, self._cache.key_digests, self.item, self._cache.manifest.stops)
+
+    @cached_property
+    def _items(self) -> KnownItems:
+        return KnownItems(self.source, self._cache.samples)
 
     def item(self, row: int) -> Item:
         """One row, decoded and compared; raises `BrokenSample` for a tombstone."""
-        samples = self._cache.samples
-        if not samples.alive[row]:
-            # A partner that could not be decoded then is none now, even if the file has been mended.
-            raise BrokenSample(samples.reasons[row])
-        try:
-            item = self.source.item(row)
-        except BrokenSample as broken:
-            hint = "It could be decoded when the cache was built: restore the data set."
-            raise CorruptionError(samples.keys[row], str(broken), "broken now", hint) from broken
-        known = int(samples.content[row])
-        if known and item.content != known:
-            rule, hint = "must have the bytes that the teacher saw", "Restore the data set."
-            raise MismatchError(samples.keys[row], rule, f"{item.content:016x}", hint)
-        return item
+        return self._items(row)
 
     def render(self, view: int, decoded: Decoded, size: Resized | None = None) -> Views:
         """One view of decoded rows, from its stored parameters; at a student's size if one is given."""
@@ -87,5 +81,4 @@ class CachedViews:
 
     def draw(self, view: int, decoded: Decoded) -> Params:
         """The parameters as they are drawn today, without looking at the stored ones."""
-        digests = self._cache.key_digests[decoded.rows]
-        return self.recipe.draw(digests, image_sizes(decoded.images), view, self.loader.pool).params_BP
+        return self.loader.draw(decoded, view)

@@ -17,7 +17,7 @@ from teacher_cache.encodings.feature_head import largest_difference
 from teacher_cache.encodings.u8_channel import Ranges, channel_axis
 from teacher_cache.errors import SourceError, TeacherError
 from teacher_cache.loader import ViewLoader
-from teacher_cache.spec import HEAD_INPUT, Auto, FeatureHead, FieldSpec, U8Channel
+from teacher_cache.spec import HEAD_INPUT, Auto, FeatureHead, FieldSpec, U8Channel, is_logits
 from teacher_cache.teachers import Teacher, TorchTeacher, padded
 from teacher_cache.views.philox import view_words
 
@@ -42,11 +42,15 @@ class Chosen:
 
 def with_defaults(fields: Mapping[str, FieldSpec], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, FieldSpec]:
     """Fields with the default encoding spelled out: dense_f16, and beyond 64 classes the smallest within 1e-3 nats."""
-    spelled = dict(fields)
-    logits = spelled.get("logits")
-    if logits is not None and "encoding" not in logits.model_fields_set and shapes["logits"][-1] > _MOST_DENSE_CLASSES:
-        spelled["logits"] = logits.model_copy(update={"encoding": _DEFAULT})
-    return spelled
+
+    def is_open(name: str, field: FieldSpec) -> bool:
+        many = name == "logits" and shapes[name][-1] > _MOST_DENSE_CLASSES
+        return many and "encoding" not in field.model_fields_set
+
+    return {
+        name: field.model_copy(update={"encoding": _DEFAULT}) if is_open(name, field) else field
+        for name, field in fields.items()
+    }
 
 
 def choose(
@@ -144,16 +148,17 @@ class _Look:
 
     def see(self, answers: Mapping[str, Tensor]) -> None:
         """One batch of answers; `TeacherError` where the head is not linear."""
-        if "logits" in answers:
-            logits = answers["logits"].flatten(0, -2)
+        name = next(filter(is_logits, answers), None)
+        if name is not None:
+            logits = answers[name].flatten(0, -2)
             if not bool(logits.isfinite().all()):
                 hint = "Check its precision, its weights and `normalize`."
                 raise TeacherError("teacher.model", "must answer finite logits", "NaN or inf", hint)
             self._logits.append(logits)
-        for name, ranges in self._ranges.items():
-            known = ranges or Ranges(channel_axis(name, answers[name].ndim - 1))
-            known.see(answers[name])
-            self._ranges[name] = known
+        for feature, ranges in self._ranges.items():
+            known = ranges or Ranges(channel_axis(feature, answers[feature].ndim - 1))
+            known.see(answers[feature])
+            self._ranges[feature] = known
         if self._head is not None:
             self._see_head(answers["logits"], answers[HEAD_INPUT])
 

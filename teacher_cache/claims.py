@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import re
 from functools import cache
-from pathlib import Path
 
+from teacher_cache.addition import Addition
+from teacher_cache.errors import BuildError
+from teacher_cache.index import planned_files
 from teacher_cache.lease import LEAD, Hold, Lease, claims
-from teacher_cache.manifest import MANIFEST, Manifest
+from teacher_cache.manifest import MANIFEST
 from teacher_cache.poison import is_current
 from teacher_cache.receipts import Receipt, read_receipt, receipt_path, shard_claim
 from teacher_cache.shard_job import Work
 from teacher_cache.storage import open_store, remove_temporary
-from teacher_cache.storage.files import file_error
+from teacher_cache.storage.local_root import LocalRoot
+from teacher_cache.storage.root import Root
 
 
 class Claims:
     """Claims the shards of one cache for one builder."""
 
-    def __init__(self, root: Path, manifest: Manifest, lease: Lease) -> None:
-        self._root, self._manifest, self._lease = root, manifest, lease
+    def __init__(self, root: Root, addition: Addition, lease: Lease) -> None:
+        self._root, self._addition, self._lease = root, addition, lease
         self._building = self._authority()
 
     @property
@@ -53,15 +56,16 @@ class Claims:
     def is_done(self, view: int, work: Work) -> bool:
         """Whether the shard is committed, and was made without the rows that are known to kill by now."""
         place = receipt_path(view, work.shard)
-        if not (self._root / place).exists():
+        if not self._root.exists(place):
             return False
-        return not work.poison or is_current(read_receipt(self._root, place, self._manifest), work.poison)
+        return not work.poison or is_current(read_receipt(self._root, place, self._addition), work.poison)
 
     def _authority(self) -> bytes:
         try:
-            return (self._root / MANIFEST).read_bytes()
-        except OSError as error:
-            raise file_error(self._root / MANIFEST, self._root, error, "cannot be read any more") from error
+            return self._root.read(MANIFEST)
+        except FileNotFoundError as error:
+            hint = "Is the disk still mounted, the folder still there? Bring it back, then run the same command again."
+            raise BuildError(f"{self._root.url}/{MANIFEST}", "cannot be read any more", error, hint) from error
 
     def require(self) -> None:
         """Raises `BuildError` where this builder has lost its lease: that explains whatever else went wrong."""
@@ -80,8 +84,11 @@ class Claims:
             names = set(claims(self._root)) - set(ours) if others else set(ours)
             return frozenset(path for name in names for path in self._finals(name))
 
+        if not isinstance(self._root, LocalRoot):
+            # An object store shows nothing that is half written.
+            return
         # Whoever leads cleans up for all that are gone; others only what is certainly their own.
-        remove_temporary(self._root, lambda final: final in finals(True) if leads else final not in finals(False))
+        remove_temporary(self._root.path, lambda final: final in finals(True) if leads else final not in finals(False))
 
     def _finals(self, name: str) -> list[str]:
         """The files of the shard that a claim names."""
@@ -89,6 +96,7 @@ class Claims:
         if found is None:
             return []
         view, shard = int(found[1]), int(found[2])
-        store = open_store(self._manifest.store.kind, self._manifest.grid)
-        files = [path for group in self._manifest.groups(view) for path in store.paths(group, shard)]
-        return [*files, receipt_path(view, shard)]
+        if view not in self._addition.view_numbers:
+            return []
+        store = open_store(self._addition.store.kind, self._addition.grid)
+        return [*planned_files(self._addition, store, view, shard), receipt_path(view, shard)]

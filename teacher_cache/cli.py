@@ -9,8 +9,10 @@ from typing import Annotated, Literal, NoReturn
 import typer
 
 from teacher_cache import console
+from teacher_cache.addition import Addition
 from teacher_cache.encodings.calibration import Calibration
 from teacher_cache.errors import SpecError
+from teacher_cache.manifest import Manifest
 from teacher_cache.problem import Problem
 from teacher_cache.spec import SourceSpec, load_spec
 
@@ -22,7 +24,7 @@ app = typer.Typer(
 )
 
 Config = Annotated[Path, typer.Argument(help="A build's YAML file.", metavar="CONFIG")]
-CachePath = Annotated[Path, typer.Argument(help="A cache's folder.", metavar="PATH")]
+CachePath = Annotated[str, typer.Argument(help="A cache's folder, or s3://bucket/prefix.", metavar="PATH")]
 Set = Annotated[
     list[str] | None, typer.Option("--set", help="Replace a value: teacher.weights=w.pt", metavar="KEY=VALUE")
 ]
@@ -153,14 +155,13 @@ def status(path: CachePath, json: Json = False) -> None:
     from teacher_cache.reader import open_cache
 
     cache = open_cache(path)
-    builders = at_work(path)
-    manifest = cache.manifest
-    total = manifest.views * manifest.grid.shards
+    builders = at_work(cache.root)
+    shards = [(index.shards(view).sum(), index.addition.grid.shards) for index in cache.indices for view in index.views]
     facts = {
         "cache": str(path),
-        "state": manifest.state,
-        "shards committed": len(cache.files),
-        "shards planned": total,
+        "state": cache.manifest.state,
+        "shards committed": int(sum(committed for committed, _ in shards)),
+        "shards planned": sum(planned for _, planned in shards),
         "complete": cache.complete,
     }
     if json:
@@ -270,32 +271,51 @@ def describe(path: CachePath, json: Json = False) -> None:
     from teacher_cache.views import open_recipe
 
     cache = open_cache(path)
-    manifest, samples = cache.manifest, cache.samples
-    dead = tuple((key, why) for key, why in zip(samples.keys, samples.reasons, strict=True) if why)
+    manifest, first = cache.manifest, cache.manifest.first
+    dead = cache.samples.tombstones
     if json:
         console.print_json({**manifest.model_dump(mode="json"), "tombstones": dead})
         return
     facts = {
         "state": manifest.state,
         "rows": f"{manifest.rows:,} samples × {manifest.views} views",
-        "view": f"{manifest.view_shape}, promise {manifest.promise}",
-        "recipe": manifest.recipe,
+        "view": f"{first.view_shape}, promise {first.promise}",
+        "recipe": first.recipe,
         # A callable is the user's code: describing a cache must not import it.
-        "rendered": open_recipe(cache.spec.views).renderer if manifest.promise == "native" else "image by image",
-        "teacher": f"{manifest.teacher} ({manifest.spec['teacher']['model']})",
-        "fields": {name: list(shape) for name, shape in manifest.field_shapes.items()},
-        "encodings": {name: encoding.name for name, encoding in manifest.encodings.items()},
-        "micro-batch": _micro_batch(manifest.spec["teacher"]["micro_batch"], manifest.micro_batch_asked),
+        "rendered": open_recipe(cache.spec.views).renderer if first.promise == "native" else "image by image",
+        "teacher": ", ".join(dict.fromkeys(map(_teacher, manifest.additions))),
+        "fields": {name: list(cache.shape_of(name)) for name in cache.fields},
+        "encodings": {name: cache.encoding_of(name).name for name in cache.fields},
+        "micro-batch": _micro_batch(first.spec["teacher"]["micro_batch"], first.micro_batch_asked),
         "store": f"{manifest.store.kind}, {manifest.store.shard_rows} rows a shard",
-        "identity": manifest.identity.whole,
+        "identity": manifest.whole,
         "tombstones": len(dead),
     }
-    if manifest.totals:
-        facts["bytes"] = console.size(manifest.totals.bytes)
-        facts |= {f"fidelity of {field}": _figures(found) for field, found in manifest.totals.fidelity.items()}
+    if manifest.state == "sealed":
+        facts["bytes"] = console.size(cache.totals.bytes)
+        facts |= {f"fidelity of {field}": _figures(found) for field, found in cache.totals.fidelity.items()}
     console.print_facts(f"cache {path}", facts)
-    _show_calibration(manifest.calibration)
+    _show_history(manifest)
+    for addition in manifest.additions:
+        _show_calibration(addition.calibration)
     _show_tombstones(dead)
+
+
+def _teacher(addition: Addition) -> str:
+    return f"{addition.teacher} ({addition.spec['teacher']['model']})"
+
+
+def _show_history(manifest: Manifest) -> None:
+    """By which additions a cache came to what it is."""
+    rows = []
+    for number, item in enumerate(manifest.additions):
+        extent = item.extent
+        views = f"{extent.first_view}–{extent.view_numbers.stop - 1}" if extent.views > 1 else f"{extent.first_view}"
+        span = f"{extent.first_row:,}–{extent.stop_row - 1:,}"
+        kept = ", ".join(f"{name} ({item.encodings[name].name})" for name in extent.fields)
+        size = console.size(item.totals.bytes) if item.totals else "–"
+        rows.append((number, span, views, extent.teacher, kept, size, item.state))
+    console.print_rows("history", ("", "rows", "views", "teacher", "fields", "bytes", "state"), rows)
 
 
 @app.command()
@@ -331,7 +351,7 @@ def export(
     rows = np.flatnonzero(cache.alive)
     columns = cache.columns(field, view, rows)
     labels = {} if cache.labels is None else {"labels": cache.labels[rows]}
-    keys = np.array([cache.samples.keys[row] for row in rows])
+    keys = np.array([cache.samples.key(row) for row in rows.tolist()])
     buffer = io.BytesIO()
     np.savez(buffer, allow_pickle=False, keys=keys, rows=rows, **labels, **columns)
     write_atomic(output.parent, output.name, buffer.getvalue())

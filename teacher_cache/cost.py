@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
+from teacher_cache.addition import Addition
 from teacher_cache.encodings import row_bytes
 from teacher_cache.encodings.calibration import Calibration
-from teacher_cache.manifest import Manifest
-from teacher_cache.plan import Opened, draft, first_views, open_parts, worker_count
+from teacher_cache.plan import Opened, draft, first_views, open_parts, prospect, whole_extent, worker_count
 from teacher_cache.spec import BuildSpec
 from teacher_cache.teachers import padded
 
@@ -56,13 +56,14 @@ def estimate(spec: BuildSpec, micro_batches: int = 3) -> Cost:
     torch.set_num_threads(spec.compute.threads)
     try:
         opened = open_parts(spec)
-        manifest = draft(opened).manifest
-        size: int = manifest.spec["teacher"]["micro_batch"]
+        seen = prospect(opened)
+        addition = draft(seen, whole_extent(seen)).addition
+        size: int = addition.spec["teacher"]["micro_batch"]
         teacher_seconds, render_seconds = _time(opened, size, micro_batches)
     finally:
         torch.set_num_threads(threads)
-    by_field = _field_bytes(manifest)
-    rows = manifest.rows * manifest.views
+    by_field = _field_bytes(addition)
+    rows = addition.rows * addition.extent.views
     return Cost(
         rows=rows,
         bytes_per_row=sum(by_field.values()),
@@ -72,7 +73,7 @@ def estimate(spec: BuildSpec, micro_batches: int = 3) -> Cost:
         devices=worker_count(spec.compute),
         field_bytes=by_field,
         warnings=_warnings(spec),
-        calibration=manifest.calibration,
+        calibration=addition.calibration,
     )
 
 
@@ -92,9 +93,9 @@ def _time(opened: Opened, size: int, micro_batches: int) -> tuple[float, float]:
     return min(seconds[1:]) / size, render / len(rows)
 
 
-def _field_bytes(manifest: Manifest) -> dict[str, int]:
-    fields = {name: row_bytes(encoding) for name, encoding in manifest.encodings.items()}
-    return {**fields, "view": sum(part.row_bytes for part in manifest.proof_group(0).parts)}
+def _field_bytes(addition: Addition) -> dict[str, int]:
+    fields = {name: row_bytes(encoding) for name, encoding in addition.encodings.items()}
+    return {**fields, "view": sum(part.row_bytes for part in addition.proof_group(0).parts)}
 
 
 def _warnings(spec: BuildSpec) -> tuple[str, ...]:

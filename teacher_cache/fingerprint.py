@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -44,6 +44,6 @@ def key_digest(key: str) -> int:
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8, person=b"sample-key").digest(), "little")
 
 
-def key_digests(keys: list[str]) -> NDArray[np.uint64]:
+def key_digests(keys: Sequence[str]) -> NDArray[np.uint64]:
     """`key_digest` of each key, uint64 [N]."""
     return np.fromiter((key_digest(key) for key in keys), dtype=np.uint64, count=len(keys))

@@ -11,18 +11,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from teacher_cache.choice import choose, with_defaults
+from teacher_cache.addition import Addition, Extent, Identity, TableRef
+from teacher_cache.choice import Chosen, choose, with_defaults
 from teacher_cache.encodings import open_encoding
-from teacher_cache.encodings.calibration import Calibration
-from teacher_cache.encodings.constants import to_columns
 from teacher_cache.errors import SourceError, SpecError
+from teacher_cache.extents import missing
 from teacher_cache.fingerprint import fingerprint, key_digests
 from teacher_cache.loader import ViewLoader
-from teacher_cache.manifest import Identity, Manifest, TableRef, library_versions
+from teacher_cache.manifest import Manifest, library_versions
 from teacher_cache.probe import ask, check_classes, halve_until_it_fits, out_of_memory
-from teacher_cache.samples import named_table
-from teacher_cache.sources import BrokenSample, Source, open_source, source_fingerprint
-from teacher_cache.spec import BuildSpec, ComputeSpec, EncodingSpec, FieldSpec, SampledK, TopK
+from teacher_cache.sources import BrokenSample, Source, open_source, source_fingerprints
+from teacher_cache.spec import BuildSpec, ComputeSpec, EncodingSpec, FieldSpec, SampledK, StoreSpec, TopK
 from teacher_cache.storage.ragged import require_room
 from teacher_cache.teachers import Teacher, load_teacher, resolve_device
 from teacher_cache.views import Recipe, Views, open_recipe
@@ -94,15 +93,42 @@ def first_views(opened: Opened, count: int = 1) -> tuple[list[int], Views]:
 
 @dataclass(frozen=True)
 class Draft:
-    """What a build that has not begun will write."""
+    """What an addition that has not begun will write."""
 
-    manifest: Manifest
+    addition: Addition
     files: Mapping[str, bytes]
-    """Tables that the manifest names already, by path."""
+    """Tables that it names already, by path."""
 
 
-def draft(opened: Opened, found: Manifest | None = None) -> Draft:
-    """The manifest of a build that has not begun, from one probe of the teacher.
+@dataclass(frozen=True)
+class Prospect:
+    """A teacher and its fields as they will be kept: what all additions that come of one configuration share."""
+
+    opened: Opened
+    """With the micro-batch that fits."""
+    view_shape: tuple[int, int, int]
+    shapes: dict[str, tuple[int, ...]]
+    chosen: Chosen
+    """Its constants are those of fields that are chosen anew."""
+    asked: int
+    """The micro-batch that the configuration asked for."""
+    source: Mapping[int, str]
+    """Fingerprints of the source's rows up to some of them."""
+    found: Manifest | None
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Their names, sorted."""
+        return tuple(sorted(self.chosen.fields))
+
+    def by_teacher(self) -> list[Addition]:
+        """What this teacher has answered before."""
+        name = self.opened.spec.teacher.name
+        return [item for item in self.found.additions if item.teacher == name] if self.found else []
+
+
+def prospect(opened: Opened, found: Manifest | None = None) -> Prospect:
+    """Looks at the teacher's answers to one micro-batch, and decides what was left open.
 
     Args:
         opened: the parts of the build.
@@ -112,65 +138,91 @@ def draft(opened: Opened, found: Manifest | None = None) -> Draft:
         TeacherError: its logits do not fit the class names, or its head is not linear where it must be.
         SpecError: no encoding keeps the bound that was asked for.
     """
-    source, recipe = opened.source, opened.recipe
     _, views = first_views(opened)
     _, channels, height, width = views.pixels_BCHW.shape
     shape = (channels, height, width)
     asked = opened.spec.teacher.micro_batch
-    opened = fitted(opened, shape, found)
+    name = opened.spec.teacher.name
+    before = [item for item in found.additions if item.teacher == name] if found else []
+    opened = fitted(opened, shape, before)
     shapes = probe(opened, shape)
     wanted = with_defaults(opened.spec.teacher.fields, shapes)
-    spec = opened.spec.model_copy(update={"teacher": opened.spec.teacher.model_copy(update={"fields": wanted})})
+    teacher = opened.spec.teacher.model_copy(update={"fields": wanted})
+    opened = replace(opened, spec=opened.spec.model_copy(update={"teacher": teacher}))
+    chosen = _chosen(opened, wanted, shapes, before)
+    _check_fields(opened.spec, chosen.fields, shapes)
+    stops = sorted({*(() if found is None else found.stops), len(opened.source)})
+    stops = [stop for stop in stops if stop <= len(opened.source)]
+    source = dict(zip(stops, source_fingerprints(opened.source, stops), strict=True))
+    return Prospect(opened, shape, shapes, chosen, asked, source, found)
+
+
+def whole_extent(seen: Prospect) -> Extent:
+    """All rows, views and fields that a configuration asks for."""
+    spec = seen.opened.spec
+    (extent,) = missing(None, len(seen.opened.source), spec.views.count, spec.teacher.name, seen.fields)
+    return extent
+
+
+def draft(seen: Prospect, extent: Extent, constants: TableRef | None = None, files: Mapping[str, bytes] = {}) -> Draft:
+    """An addition that covers a block of what a configuration asks for.
+
+    Args:
+        seen: the teacher and its fields.
+        extent: the block.
+        constants: the table of what rows of its fields share.
+        files: that table's bytes, by path, where it has to be written.
+    """
+    opened, recipe, spec = seen.opened, seen.opened.recipe, seen.opened.spec
+    # Sorted, as JSON will have them: a build that goes on reads them from the manifest.
+    fields = {name: seen.chosen.fields[name] for name in extent.fields}
+    shapes = {name: seen.shapes[name] for name in extent.fields}
+    teacher = spec.teacher.model_copy(update={"fields": {name: spec.teacher.fields[name] for name in extent.fields}})
     places = {"workers", "attempts", "views_per_decode", "on_oom"}
-    described = spec.model_dump(mode="json", exclude={"cache": True, "compute": places})
-    fields, calibration, constants, files = _chosen(opened, wanted, shapes, described, found)
-    _check_fields(spec, fields, shapes)
-    manifest = Manifest(
+    described = spec.model_copy(update={"teacher": teacher})
+    addition = Addition(
         state="building",
-        identity=_identity(opened, fields, shapes, constants),
-        rows=len(source),
-        views=spec.views.count,
-        view_shape=shape,
+        identity=_identity(seen, extent, fields, shapes, constants),
+        extent=extent,
+        view_shape=seen.view_shape,
         param_names=recipe.param_names,
         promise=recipe.promise,
         recipe=recipe.describe(),
-        teacher=spec.teacher.name,
-        # Sorted, as JSON will have them: a build that goes on reads them from the manifest.
-        fields=dict(sorted(fields.items())),
-        field_shapes=dict(sorted(shapes.items())),
-        micro_batch_asked=asked if spec.teacher.micro_batch != asked else None,
-        calibration=calibration,
+        fields=fields,
+        field_shapes=shapes,
+        micro_batch_asked=seen.asked if spec.teacher.micro_batch != seen.asked else None,
+        calibration=seen.chosen.calibration if "logits" in fields else None,
         constants=constants,
-        class_names=source.class_names,
+        class_names=opened.source.class_names,
         store=spec.store,
-        spec=described,
+        spec=described.model_dump(mode="json", exclude={"cache": True, "compute": places}),
         versions=library_versions(),
-        samples=TableRef(path="", digest=""),
     )
-    for group in manifest.groups(0):
-        require_room(group, manifest.grid)
-    return Draft(manifest, files)
+    for group in addition.groups(extent.first_view):
+        require_room(group, addition.grid)
+    return Draft(addition, files)
 
 
 def _chosen(
-    opened: Opened,
-    wanted: dict[str, FieldSpec],
-    shapes: dict[str, tuple[int, ...]],
-    described: dict[str, Any],
-    found: Manifest | None,
-) -> tuple[dict[str, FieldSpec], Calibration | None, TableRef | None, dict[str, bytes]]:
-    """Fields, calibration and constants: those that a cache has chosen from the same wishes, or new ones."""
-    if found is not None and found.spec["teacher"]["fields"] == described["teacher"]["fields"]:
-        return found.fields, found.calibration, found.constants, {}
+    opened: Opened, wanted: dict[str, FieldSpec], shapes: dict[str, tuple[int, ...]], before: list[Addition]
+) -> Chosen:
+    """The fields as they will be kept: as a cache has chosen them from the same wishes, or chosen anew."""
+    known: dict[str, FieldSpec] = {}
+    calibration = None
+    asked = {name: field.model_dump(mode="json") for name, field in wanted.items()}
+    for item in before:
+        wishes = item.spec["teacher"]["fields"]
+        alike = {name for name in item.fields if name in asked and wishes[name] == asked[name]}
+        known |= {name: item.fields[name] for name in alike}
+        calibration = item.calibration if "logits" in alike else calibration
+    fresh = {name: field for name, field in wanted.items() if name not in known}
     size = opened.spec.teacher.micro_batch
     try:
-        chosen = choose(wanted, shapes, opened.teacher, opened.loader, opened.digests, size)
+        # Looking at answers again could cost a paid teacher's.
+        chosen = choose(fresh, shapes, opened.teacher, opened.loader, opened.digests, size) if fresh else Chosen({})
     except torch.OutOfMemoryError as error:
         raise out_of_memory(size, error) from error
-    if not chosen.constants:
-        return chosen.fields, chosen.calibration, None, {}
-    reference, data = named_table("constants", to_columns(chosen.constants))
-    return chosen.fields, chosen.calibration, reference, {reference.path: data}
+    return Chosen({**known, **chosen.fields}, calibration or chosen.calibration, chosen.constants)
 
 
 def _check_fields(spec: BuildSpec, fields: dict[str, FieldSpec], shapes: dict[str, tuple[int, ...]]) -> None:
@@ -195,33 +247,50 @@ def probe(opened: Opened, view_shape: tuple[int, ...]) -> dict[str, tuple[int, .
     return shapes
 
 
-def fitted(opened: Opened, view_shape: tuple[int, ...], found: Manifest | None) -> Opened:
+def fitted(opened: Opened, view_shape: tuple[int, ...], before: list[Addition]) -> Opened:
     """The same parts with the micro-batch that is used: what the spec says, or less where `compute.on_oom` allows."""
     spec = opened.spec.teacher
     size = spec.micro_batch
-    if found is not None and found.micro_batch_asked == size:
-        size = found.spec["teacher"]["micro_batch"]
-    elif found is None and opened.spec.compute.on_oom == "halve":
+    if before and before[-1].micro_batch_asked == size:
+        size = before[-1].spec["teacher"]["micro_batch"]
+    elif not before and opened.spec.compute.on_oom == "halve":
         size = halve_until_it_fits(opened.teacher, spec, view_shape)
     teacher = spec.model_copy(update={"micro_batch": size})
     return replace(opened, spec=opened.spec.model_copy(update={"teacher": teacher}))
 
 
-def _identity(
-    opened: Opened, chosen: dict[str, FieldSpec], shapes: dict[str, tuple[int, ...]], constants: TableRef | None
-) -> Identity:
-    spec = opened.spec
-    fields = {name: field.model_dump(mode="json") for name, field in chosen.items()}
-    kept: dict[str, Any] = {"fields": fields, "shapes": {name: list(shape) for name, shape in shapes.items()}}
+def encoding_fingerprint(
+    fields: Mapping[str, FieldSpec], shapes: Mapping[str, tuple[int, ...]], constants: TableRef | None
+) -> str:
+    """Names how some fields are kept."""
+    described = {name: field.model_dump(mode="json") for name, field in fields.items()}
+    kept: dict[str, Any] = {"fields": described, "shapes": {name: list(shape) for name, shape in shapes.items()}}
     if constants is not None:
         kept["constants"] = constants.digest
+    return fingerprint("encoding", 1, kept)
+
+
+def store_fingerprint(store: StoreSpec) -> str:
+    """Names how rows lie on disk."""
+    return fingerprint("store", 1, store.model_dump(mode="json"))
+
+
+def _identity(
+    seen: Prospect,
+    extent: Extent,
+    fields: Mapping[str, FieldSpec],
+    shapes: Mapping[str, tuple[int, ...]],
+    constants: TableRef | None,
+) -> Identity:
+    opened, spec = seen.opened, seen.opened.spec
     return Identity(
-        source=source_fingerprint(opened.source),
-        recipe=fingerprint("views", 1, {"recipe": opened.recipe.fingerprint, "count": spec.views.count}),
+        source=seen.source[extent.stop_row],
+        recipe=opened.recipe.fingerprint,
         view=opened.recipe.view_fingerprint,
         teacher=opened.teacher.fingerprint,
-        encoding=fingerprint("encoding", 1, kept),
-        store=fingerprint("store", 1, spec.store.model_dump(mode="json")),
+        encoding=encoding_fingerprint(fields, shapes, constants),
+        store=store_fingerprint(spec.store),
+        extent=extent.fingerprint,
         numerics=fingerprint(
             "numerics",
             1,

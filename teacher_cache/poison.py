@@ -3,17 +3,22 @@
 A row that kills its worker in one view is a tombstone in every view, as one that cannot be decoded is: the sample
 table has one status for a row. So that a cache does not depend on which view met the row first, every shard of its
 range is made with the row left out of its micro-batch: those still to come from the start, and those that were
-committed with it (it killed in a later view only) are made again. What is known lies in the receipts alone, so that
-a build that is killed goes on with it, or finds it again: the rows that kill, each by itself, are a property of
-source, recipe and teacher, and a build comes to their union over all views in whatever order it meets them.
+committed with it (it killed in a later view only) are made again. What is known is noted beside the receipts until the
+addition is sealed, so that a build that is killed goes on with it, or finds it again: the rows that kill, each by
+itself, are a property of source, recipe and teacher, and a build comes to their union over all views in whatever order
+it meets them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Sequence
 
-from teacher_cache.errors import BuildError
+from teacher_cache.addition import Addition
+from teacher_cache.errors import BuildError, CorruptionError
 from teacher_cache.receipts import Receipt
+from teacher_cache.signed import checked, signed
+from teacher_cache.storage.root import Root
 
 KILLED = "killed its worker"
 """The reason that a tombstone has which was found by bisection; part of the format."""
@@ -24,28 +29,42 @@ MOST = 8
 _HINT = "Run with --executor serial to see why; memory is the usual reason."
 
 
-def left_out(receipt: Receipt) -> tuple[int, ...]:
-    """The rows that a shard was made without because they kill."""
-    return tuple(row for row, reason in receipt.tombstones if reason == KILLED)
+FOLDER = "poison"
+_NAME = re.compile(FOLDER + r"/v(\d{4,})-s(\d{6,})\.json")
 
 
-def known_poison(receipts: Iterable[Receipt]) -> dict[int, tuple[int, ...]]:
-    """By shard, the rows that kill in any of its views."""
+def note_poison(root: Root, addition: Addition, view: int, shard: int, rows: Sequence[int]) -> None:
+    """Notes which rows of a shard were found to kill, when its work in this view (and others) was looked into."""
+    body = {"identity": addition.identity.whole, "view": view, "shard": shard, "rows": sorted(rows)}
+    root.write(f"{FOLDER}/v{view:04d}-s{shard:06d}.json", signed(body))
+
+
+def known_poison(root: Root, addition: Addition) -> dict[int, tuple[int, ...]]:
+    """By shard, the rows that kill in any of its views.
+
+    Raises:
+        CorruptionError: a note is not what was written.
+    """
     found: dict[int, set[int]] = {}
-    for receipt in receipts:
-        if rows := left_out(receipt):
-            found.setdefault(receipt.shard, set()).update(rows)
+    for name in root.names(f"{FOLDER}/"):
+        if not is_note(name):
+            continue
+        body = checked(root.read(name), name)
+        start, stop = addition.span(body["shard"])
+        if body["identity"] != addition.identity.whole or any(not start <= row < stop for row in body["rows"]):
+            raise CorruptionError(name, "must be of this cache and of its shard", body, "Remove it: it is found again.")
+        found.setdefault(body["shard"], set()).update(body["rows"])
     return {shard: tuple(sorted(rows)) for shard, rows in found.items()}
+
+
+def is_note(name: str) -> bool:
+    """Whether a path below a cache's root is such a note."""
+    return _NAME.fullmatch(name) is not None
 
 
 def is_current(receipt: Receipt, poison: Sequence[int]) -> bool:
     """Whether a shard was made without all these rows; otherwise it must be made again."""
     return {row for row, _ in receipt.tombstones}.issuperset(poison)
-
-
-def committed(receipts: Sequence[Receipt], poison: Mapping[int, Sequence[int]]) -> set[tuple[int, int]]:
-    """The (view, shard) pairs that need not be made again."""
-    return {(item.view, item.shard) for item in receipts if is_current(item, poison.get(item.shard, ()))}
 
 
 def find_poison(

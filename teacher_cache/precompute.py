@@ -14,7 +14,6 @@ import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import ray
@@ -26,10 +25,12 @@ from teacher_cache.errors import BuildError, SpecError, TeacherCacheError
 from teacher_cache.lease import Hold
 from teacher_cache.manifest import Manifest
 from teacher_cache.plan import worker_count
-from teacher_cache.poison import find_poison
+from teacher_cache.poison import find_poison, note_poison
 from teacher_cache.receipts import Receipt, receipt_path
 from teacher_cache.shard_job import Job, Work, open_job_from, run_work, try_rows
 from teacher_cache.spec import BuildSpec, ComputeSpec
+from teacher_cache.storage import absolute
+from teacher_cache.storage.root import Root
 from teacher_cache.teachers import resolve_device
 
 _IN_FLIGHT = 2
@@ -39,10 +40,10 @@ _DEATHS = (RayActorError, OutOfMemoryError, NodeDiedError)
 class ShardWorker:
     """Runs shards in a process of its own. Opens source, recipe and teacher once."""
 
-    def __init__(self, root: str, manifest: str, spec: BuildSpec, search_path: list[str], hold: Hold) -> None:
+    def __init__(self, root: Root, manifest: str, spec: BuildSpec, search_path: list[str], hold: Hold) -> None:
         sys.path[:] = search_path
         torch.set_num_threads(spec.compute.threads)
-        self._job: Job = open_job_from(Path(root), Manifest.model_validate_json(manifest), spec, hold)
+        self._job: Job = open_job_from(root, Manifest.model_validate_json(manifest), spec, hold)
 
     def run(self, work: Work) -> list[bytes]:
         """Shards, written and committed; returns their receipts."""
@@ -53,7 +54,7 @@ class ShardWorker:
         try_rows(self._job, work, rows)
 
 
-def run_on_ray(root: Path, manifest: Manifest, spec: BuildSpec, works: list[Work], claims: Claims) -> Iterator[Receipt]:
+def run_on_ray(root: Root, manifest: Manifest, spec: BuildSpec, works: list[Work], claims: Claims) -> Iterator[Receipt]:
     """Yields the receipt of each shard as it is committed, in whatever order the workers finish.
 
     Work is claimed before it is submitted; what another builder has claimed is left out.
@@ -112,15 +113,15 @@ class _Pool:
     """Workers with at most two calls in flight each, and the shards that still wait."""
 
     def __init__(
-        self, root: Path, manifest: Manifest, spec: BuildSpec, count: int, on_gpu: bool, claims: Claims
+        self, root: Root, manifest: Manifest, spec: BuildSpec, count: int, on_gpu: bool, claims: Claims
     ) -> None:
         resources: dict[str, Any] = {"num_cpus": spec.compute.threads, "num_gpus": 1 if on_gpu else 0}
         self._actor = ray.remote(**resources, max_restarts=0, max_task_retries=0)(ShardWorker)
         # The API key is excluded from every dump on purpose; pickling the model carries it to the workers.
-        self._arguments = (str(root.absolute()), manifest.model_dump_json(), spec, list(sys.path), claims.hold)
+        self._arguments = (absolute(root), manifest.model_dump_json(), spec, list(sys.path), claims.hold)
         self._claims = claims
         self._attempts_allowed = spec.compute.attempts
-        self._manifest = manifest
+        self._root, self._addition = root, manifest.additions[-1]
         self._attempts: dict[tuple[int, tuple[int, ...]], int] = {}
         """By shard and views, how many workers have died of it."""
         self._poison: dict[int, tuple[int, ...]] = {}
@@ -189,18 +190,20 @@ class _Pool:
             # Found in another view while this one was under way.
             return
         place = str(work)
-        if any(name.endswith("partner_low") for name in self._manifest.param_names):
+        if any(name.endswith("partner_low") for name in self._addition.param_names):
             rule = (
                 f"killed its worker {self._attempts_allowed} times, in a recipe that mixes: a partner may be to blame"
             )
             hint = "Run with --executor serial to see why, then leave the sample out of the source, in a new cache."
             raise BuildError(place, rule, error, hint) from error
-        rows = [row for row in range(*self._manifest.grid.span(work.shard)) if row not in known]
+        rows = [row for row in range(*self._addition.span(work.shard)) if row not in known]
         try:
             found = find_poison(place, rows, partial(self._kills, worker, work), self._attempts_allowed)
         except BuildError as none:
             raise none from error
         self._poison[work.shard] = tuple(sorted({*known, *found}))
+        # Before any shard is made without them: a build that is killed now goes on without them too.
+        note_poison(self._root, self._addition, work.views[0], work.shard, self._poison[work.shard])
 
     def _kills(self, worker: int, work: Work, rows: Sequence[int]) -> bool:
         """Whether a worker dies of these rows; it is replaced then."""

@@ -6,7 +6,7 @@ import torch
 
 from teacher_cache.errors import TeacherError
 from teacher_cache.sources import Source
-from teacher_cache.spec import TeacherSpec
+from teacher_cache.spec import TeacherSpec, is_logits
 from teacher_cache.teachers import Teacher
 
 
@@ -57,7 +57,7 @@ def out_of_memory(size: int, error: Exception) -> TeacherError:
 def check_classes(spec: TeacherSpec, source: Source, shapes: dict[str, tuple[int, ...]]) -> None:
     """Raises `TeacherError` where the logits do not fit the class names or the labels."""
     names, own = source.class_names, spec.class_names
-    shape = shapes.get("logits")
+    shape = next((found for name, found in shapes.items() if is_logits(name)), None)
     if shape is not None and len(shape) not in (1, 2):
         rule = "must be [batch, classes] or, of sequences, [batch, positions, classes]"
         raise TeacherError("teacher.fields.logits", rule, shape, "Use another model.")

@@ -7,16 +7,17 @@ whole when a cache is begun, and rendered again when a digest disagrees.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from teacher_cache.addition import TableRef
 from teacher_cache.errors import TeacherCacheError, ViewMismatch
-from teacher_cache.manifest import TableRef, library_versions
-from teacher_cache.samples import read_columns, write_table
+from teacher_cache.manifest import library_versions
+from teacher_cache.storage.root import Root
+from teacher_cache.tables import read_columns, write_table
 from teacher_cache.views import Views
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def reference_count(view_shape: tuple[int, int, int]) -> int:
     return max(1, min(_MOST, _MOST_BYTES // (channels * height * width)))
 
 
-def write_references(root: Path, rows: list[int], views: list[int], pixels: list[Tensor]) -> TableRef:
+def write_references(root: Root, rows: list[int], views: list[int], pixels: list[Tensor]) -> TableRef:
     """Keeps one view of each of some rows whole, in a table whose name is made of its digest."""
     columns = {"view": views, "row": rows, "pixels": [view.cpu().numpy().tobytes() for view in pixels]}
     return write_table(root, "references", columns)
@@ -78,11 +79,11 @@ def measure(cache: Cache) -> Difference:
     """
     if cache.manifest.references is None:
         return Difference(0, 0, 0, 0)
-    table = read_columns(cache.path, cache.manifest.references, REFERENCES)
+    table = read_columns(cache.root, cache.manifest.references, REFERENCES)
     found = []
     for view, row, pixels in zip(table["view"], table["row"], table["pixels"], strict=True):
         # A row may have become a tombstone in the meantime.
-        if cache.alive[row] and cache.is_committed(view, row):
+        if cache.is_committed(view, row) and cache.is_alive(view, row):
             now = cache.render_views(view, [row]).pixels_BCHW[0].numpy()
             found.append(np.abs(now.astype(np.int16) - np.frombuffer(pixels, np.uint8).reshape(now.shape)))
     if not found:
@@ -105,10 +106,10 @@ def check(cache: Cache, view: int, rows: NDArray[np.int64], rendered: Views, tol
     if tolerance == "rounding" and moved.is_rounding and cache.recipe.rounds:
         return
     row = int(rows[int(differs.argmax())])
-    place = f"sample {cache.samples.keys[row]}, view {view}, recipe {cache.manifest.identity.view}"
+    place = f"sample {cache.samples.key(row)}, view {view}, recipe {cache.manifest.first.identity.view}"
     found = f"{int(differs.sum())} of {len(rows)} rows differ; {unmeasured or moved}"
     advice = _advice(moved, cache.recipe.rounds)
-    hint = f"Built with {cache.manifest.versions}, now {library_versions()}: {_why(cache, view, row)}. {advice}"
+    hint = f"Built with {cache.manifest.first.versions}, now {library_versions()}: {_why(cache, view, row)}. {advice}"
     raise ViewMismatch(place, "must be the pixels that the teacher saw", found, hint)
 
 

@@ -3,141 +3,182 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from teacher_cache.addition import Addition, Totals
 from teacher_cache.cached_views import CachedViews
-from teacher_cache.encodings import Target
-from teacher_cache.errors import (
-    CacheError,
-    CorruptionError,
-    HoleError,
-    MismatchError,
-    SpecError,
-)
-from teacher_cache.fingerprint import key_digests
+from teacher_cache.encodings import Encoding, Target, fidelity
+from teacher_cache.errors import CacheError, CacheNotFoundError, CorruptionError, HoleError, MismatchError, SpecError
+from teacher_cache.index import Index
 from teacher_cache.loader import Decoded, ViewLoader
-from teacher_cache.manifest import Manifest, Totals, read_manifest
+from teacher_cache.manifest import Manifest, read_manifest
 from teacher_cache.proof import Difference, Tolerance, check, measure
-from teacher_cache.receipts import add_up, read_receipts
-from teacher_cache.samples import (
-    RECEIPTS,
-    Samples,
-    read_columns,
-    read_constants,
-    read_samples,
-    with_receipts,
-)
+from teacher_cache.receipts import add_up
+from teacher_cache.samples import Samples
 from teacher_cache.sources import Item, Source
 from teacher_cache.spec import BuildSpec, SourceSpec, parse
-from teacher_cache.storage import FileRecord, Group, GroupReader, open_maps, open_store
+from teacher_cache.storage import FileRecord, Group, GroupReader, absolute, open_maps, open_store
+from teacher_cache.storage.root import Root, open_root
+from teacher_cache.tables import read_constants
 from teacher_cache.views import Recipe, Views
 from teacher_cache.views.student_size import Resized
 
 Rows = Sequence[int] | NDArray[np.int64]
+T = TypeVar("T")
 
 
 class Cache:
     """A read-only cache. Picklable: a copy in another process opens its own maps. Not thread-safe."""
 
-    def __init__(self, path: str | Path, source: SourceSpec | None = None, maps: str | Path | None = None) -> None:
+    def __init__(
+        self,
+        path: str | Path | Root,
+        source: SourceSpec | None = None,
+        maps: str | Path | None = None,
+        copies: str | Path | None = None,
+        sealed: bool = False,
+    ) -> None:
         """Opens a cache; `teacher_cache.open` is this.
 
         Args:
-            path: its folder.
+            path: its folder, or `s3://bucket/prefix`.
             source: where the data set is now, if not where the manifest says.
             maps: of a Parquet cache: a folder on this machine in which shards are kept decoded, as large as the
                 cache, so that they are read at memory speed; without it, the shards used last are kept in memory.
+            copies: of a remote cache: a folder on this machine in which files are kept as they are read; a temporary
+                one of this process where not given.
+            sealed: leave out what is being added to it just now.
 
         Raises:
-            CacheError: there is no cache, or its manifest or tables cannot be trusted.
+            CacheError: there is no cache, or its manifest or tables cannot be trusted; with `sealed` also where its
+                first addition is still being built.
             SpecError: `maps` for a Zarr cache, which is mapped as it is.
         """
-        self.path = Path(path)
-        self._source_spec, self._maps = source, None if maps is None else Path(maps)
-        self.manifest: Manifest
-        self.samples: Samples
-        self.totals: Totals
-        """What was met while building; of the shards that are committed, while a build runs."""
-        self.files: dict[tuple[int, int], dict[str, FileRecord]]
-        """What is committed: the files of each (view, shard), by path."""
-        self._read_authority()
-        self.key_digests = key_digests(self.samples.keys)
-        """Digests of the samples' keys, uint64 [N]."""
+        self.root: Root = path if isinstance(path, Root) else open_root(path, None if copies is None else Path(copies))
+        self._source_spec, self._maps, self._sealed = source, None if maps is None else Path(maps), sealed
+        self.manifest: Manifest = read_manifest(self.root)
+        if sealed:
+            self.manifest = self._without_open()
+        self.samples = self._read_samples()
+        # Opened again, it must not remember.
+        for name in ("_learned", "_fields", "totals", "_encodings", "moved"):
+            self.__dict__.pop(name, None)
         self._views = CachedViews(self)
-        self._store = open_store(self.manifest.store.kind, self.manifest.grid)
         if self._maps is not None and self.manifest.store.kind != "parquet":
             raise SpecError("maps", "is for Parquet: Zarr is mapped as it is", self._maps, "Leave it out.")
-        self._encodings = self.manifest.open_encodings(read_constants(self.path, self.manifest.constants))
-        self._groups: dict[tuple[str, int], Group] = {}
+        self.indices = tuple(Index(self.root, addition) for addition in self.manifest.additions)
+        """What is committed of each addition."""
+        self._groups: dict[tuple[str, int], list[tuple[Index, Group]]] = {}
         self._readers: OrderedDict[str, GroupReader] = OrderedDict()
-        self._committed: dict[int, NDArray[np.bool_]] = {}
+
+    def _without_open(self) -> Manifest:
+        manifest = self.manifest.sealed()
+        if manifest is None:
+            hint = "Finish the build: teacher-cache build CONFIG goes on where it stopped."
+            raise CacheNotFoundError(self.root.url, "must have a part that is sealed", "its first is being built", hint)
+        return manifest
+
+    def _read_samples(self) -> Samples:
+        """The sample table of the manifest; a build that seals meanwhile replaces both."""
+        while True:
+            try:
+                return Samples(self.root, self.manifest)
+            except CacheError:
+                now = read_manifest(self.root)
+                if self._sealed or now == self.manifest:
+                    raise
+                self.manifest = now
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "source": self._source_spec, "maps": self._maps}
+        return {"path": absolute(self.root), "source": self._source_spec, "maps": self._maps, "sealed": self._sealed}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
 
-    def _read_authority(self) -> None:
-        """Manifest, samples and index, all of one moment: a build that seals meanwhile replaces all three."""
-        while True:
-            self.manifest = read_manifest(self.path)
-            try:
-                self.files = self._read_index()
-            except (CorruptionError, FileNotFoundError):
-                if read_manifest(self.path) == self.manifest:
-                    raise
-            else:
-                # Receipts that vanished between two looks leave no trace: the manifest tells.
-                if self.manifest.state == "sealed" or read_manifest(self.path) == self.manifest:
-                    return
+    def again(self) -> Cache:
+        """The cache as it is now, opened as this one was."""
+        return Cache(self.root, self._source_spec, self._maps, sealed=self._sealed)
 
-    def _read_index(self) -> dict[tuple[int, int], dict[str, FileRecord]]:
-        """What is committed, by (view, shard): from the sealed table, or from the receipts of a running build."""
-        files: dict[tuple[int, int], dict[str, FileRecord]] = {}
-        samples = read_samples(self.path, self.manifest.samples, self.manifest.rows)
-        if self.manifest.receipts is None:
-            receipts = read_receipts(self.path, self.manifest)
-            self.totals = add_up(self.manifest, receipts)
-            self.samples = with_receipts(samples, self.manifest, receipts)
-            for receipt in receipts:
-                files[receipt.view, receipt.shard] = {record.path: record for record in receipt.files}
-            return files
-        assert self.manifest.totals is not None, "a sealed manifest has totals"
-        self.samples, self.totals = samples, self.manifest.totals
-        table = read_columns(self.path, self.manifest.receipts, RECEIPTS)
-        for view, shard, path, size, digest in zip(*(table[name] for name in RECEIPTS), strict=True):
-            files.setdefault((view, shard), {})[path] = FileRecord(path, size, digest)
-        return files
+    @property
+    def path(self) -> str:
+        """Where it is, as it was given."""
+        return self.root.url
 
     @property
     def spec(self) -> BuildSpec:
-        """The spec that built it, with this cache's path and, where one was given, the source's new place."""
-        spec = parse(BuildSpec, {**self.manifest.spec, "cache": str(self.path)}, str(self.path))
+        """The spec of the last addition, with this cache's path and, where one was given, the source's new place."""
+        return self.spec_of(self.manifest.additions[-1])
+
+    def spec_of(self, addition: Addition) -> BuildSpec:
+        """The spec that one addition was built from."""
+        spec = parse(BuildSpec, {**addition.spec, "cache": self.path}, self.path)
         return spec if self._source_spec is None else spec.model_copy(update={"source": self._source_spec})
 
     @property
     def views(self) -> int:
-        """How many views of each sample were planned."""
+        """How many views of each sample were planned, for some field and some rows at least."""
         return self.manifest.views
+
+    def views_of(self, field: str) -> int:
+        """How many views, from the first on, of all rows a field was planned for."""
+        teacher, name = self._named(field)
+        stop = self.views
+        for segment_stop, segment in zip(self.manifest.stops, self.manifest.segments, strict=True):
+            first_row = segment_stop - segment.rows
+            there = {
+                view
+                for item in self.manifest.additions
+                if item.extent.first_row == first_row and item.teacher == teacher and name in item.fields
+                for view in item.view_numbers
+            }
+            stop = next((view for view in range(stop) if view not in there), stop)
+        return stop
+
+    @cached_property
+    def _fields(self) -> dict[str, tuple[str, str]]:
+        """The teacher and the field behind each name that `read` takes."""
+        first = self.manifest.teachers[0]
+        pairs = dict.fromkeys((item.teacher, field) for item in self.manifest.additions for field in item.fields)
+        return {field if teacher == first else f"{teacher}/{field}": (teacher, field) for teacher, field in pairs}
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """The names that `read` takes."""
-        return tuple(self.manifest.fields)
+        """The names that `read` takes: the first teacher's fields, and `teacher/field` of others."""
+        return tuple(self._fields)
+
+    def _named(self, field: str) -> tuple[str, str]:
+        teacher, _, name = field.rpartition("/")
+        pair = self._fields.get(name if teacher == self.manifest.teachers[0] else field)
+        if pair is None:
+            hint = f"This cache holds: {', '.join(self.fields)}."
+            raise MismatchError("field", "must be one that the cache holds", field, hint)
+        return pair
+
+    def additions_of(self, field: str) -> list[Addition]:
+        """The additions that hold a field, in the order in which they came."""
+        teacher, name = self._named(field)
+        return [item for item in self.manifest.additions if item.teacher == teacher and name in item.fields]
+
+    def shape_of(self, field: str) -> tuple[int, ...]:
+        """The shape of one row of a field before encoding."""
+        return self.additions_of(field)[0].field_shapes[self._named(field)[1]]
+
+    def encoding_of(self, field: str) -> Encoding:
+        """How a field is kept, with what its rows share."""
+        return self._encoding(self.additions_of(field)[0], self._named(field)[1])
 
     @property
     def teachers(self) -> tuple[str, ...]:
-        """The teachers' names."""
-        return (self.manifest.teacher,)
+        """The teachers' names, in the order in which they came."""
+        return self.manifest.teachers
 
     @property
     def labels(self) -> NDArray[np.int64] | None:
@@ -145,18 +186,73 @@ class Cache:
         return self.samples.labels
 
     @property
+    def key_digests(self) -> NDArray[np.uint64]:
+        """Digests of the samples' keys, uint64 [N]."""
+        return self.samples.digests
+
+    @property
     def alive(self) -> NDArray[np.bool_]:
-        """Which rows have data, [N]: False for a tombstone."""
+        """Which rows have data, [N]: False for a tombstone. While a cache is being built this reads every receipt."""
+        self._as_it_is(self._learn)
         return self.samples.alive
+
+    def _learn(self) -> None:
+        """Takes in, once, what the shards of an addition that is being built have found out about their samples."""
+        if "_learned" in self.__dict__ or not self.indices or self.indices[-1].sealed:
+            return
+        index = self.indices[-1]
+        content, reasons = np.zeros(len(self), np.uint64), dict[int, str]()
+        for view, shard in index.places():
+            receipt = index.receipt(view, shard)
+            start, stop = index.addition.span(shard)
+            content[start:stop] = np.maximum(content[start:stop], receipt.content)
+            reasons |= dict(receipt.tombstones)
+        self.samples.learn(content, reasons)
+        self.__dict__["_learned"] = True
+
+    @cached_property
+    def totals(self) -> Totals:
+        """What was met while building; of the shards that are committed, while a build runs."""
+        self._as_it_is(self._learn)
+        found = self._as_it_is(lambda: [self._totals_of(index) for index in self.indices])
+        kept: dict[str, list[dict[str, float]]] = {}
+        for index, item in zip(self.indices, found, strict=True):
+            for field, figures in item.fidelity.items():
+                first = index.addition.teacher == self.manifest.teachers[0]
+                kept.setdefault(field if first else f"{index.addition.teacher}/{field}", []).append(figures)
+        return Totals(
+            bytes=sum(item.bytes for item in found),
+            tombstones=len(self.samples.reasons),
+            labelled=sum(item.labelled for item in found),
+            correct=sum(item.correct for item in found),
+            fidelity={field: fidelity.merged(figures) for field, figures in kept.items()},
+        )
+
+    @staticmethod
+    def _totals_of(index: Index) -> Totals:
+        if index.addition.totals is not None:
+            return index.addition.totals
+        return add_up(index.addition, (index.receipt(view, shard) for view, shard in index.places()))
 
     @property
     def complete(self) -> bool:
         """Whether every planned shard is committed."""
-        return len(self.files) == self.manifest.views * self.manifest.grid.shards
+        return all(index.sealed or self._has_all(index) for index in self.indices)
+
+    @staticmethod
+    def _has_all(index: Index) -> bool:
+        return all(bool(index.shards(view).all()) for view in index.addition.view_numbers)
 
     def is_committed(self, view: int, row: int) -> bool:
-        """Whether the shard that holds a row in a view is there."""
-        return (view, row // self.manifest.grid.shard_rows) in self.files
+        """Whether the proof of a view of a row is there."""
+        return any(bool(self._committed(index, view, np.array([row]))[0]) for index, _ in self._blocks("", view))
+
+    def is_alive(self, view: int, row: int) -> bool:
+        """Whether a row has data, as far as its committed shard in a view knows."""
+        for index, _ in self._blocks("", view):
+            if not index.sealed and self._committed(index, view, np.array([row]))[0]:
+                self._learn_from(index, view, np.array([row]))
+        return row not in self.samples.reasons
 
     def __len__(self) -> int:
         return self.manifest.rows
@@ -178,21 +274,21 @@ class Cache:
             TombstoneError: a row's sample could not be decoded when the cache was built.
             CorruptionError: a stored byte is not the byte that was committed there.
         """
-        columns = self.columns(field, view, rows, out)
-        target: Target = self._encodings[field].decode(columns)
+        target: Target = self.encoding_of(field).decode(self.columns(field, view, rows, out))
         return target
 
     def columns(
         self, field: str, view: int, rows: Rows, out: Mapping[str, NDArray[Any]] | None = None
     ) -> dict[str, NDArray[Any]]:
         """The stored arrays behind `read`, one [len(rows), ...] for each part of the encoding."""
-        if field not in self._encodings:
-            hint = f"This cache holds: {', '.join(self.fields)}."
-            raise MismatchError("field", "must be one that the cache holds", field, hint)
+        parts = self._parts(field)
         wanted = self._rows(rows, view)
-        group = self._group(field, view)
         into = {} if out is None else out
-        return {part.name: self._gather(group, part.name, view, wanted, into.get(part.name)) for part in group.parts}
+        return {name: self._gather(field, name, view, wanted, into.get(name)) for name in parts}
+
+    def _parts(self, field: str) -> tuple[str, ...]:
+        addition = self.additions_of(field)[0]
+        return tuple(part.name for part in addition.encodings[self._named(field)[1]].parts)
 
     def buffers(self, field: str, rows: int) -> dict[str, NDArray[Any]]:
         """Memory for so many rows of a field, to read into again and again: page-locked where there is a GPU.
@@ -201,20 +297,20 @@ class Cache:
             field: one of `fields`.
             rows: how many are read at a time.
         """
-        pinned, parts = torch.cuda.is_available(), self._group(field, 0).parts
+        pinned, parts = torch.cuda.is_available(), self.additions_of(field)[0].encodings[self._named(field)[1]].parts
         sizes = {part.name: torch.empty(rows * part.row_bytes, dtype=torch.uint8, pin_memory=pinned) for part in parts}
         return {part.name: sizes[part.name].numpy().view(part.dtype).reshape(rows, *part.shape) for part in parts}
 
     def digests(self, view: int, rows: Rows) -> NDArray[np.uint64]:
         """The pixel digests that the teacher's views had, uint64 [len(rows)]."""
-        return self._gather(self._group("", view), "digest", view, self._rows(rows, view))
+        return self._gather("", "digest", view, self._rows(rows, view))
 
     def params(self, view: int, rows: Rows) -> NDArray[np.int32]:
         """The resolved parameters of the views, int32 [len(rows), P]; columns as in `manifest.param_names`."""
         wanted = self._rows(rows, view)
         if not self.manifest.param_names:
             return np.empty((len(wanted), 0), np.int32)
-        return self._gather(self._group("", view), "params", view, wanted)
+        return self._gather("", "params", view, wanted)
 
     def _rows(self, rows: Rows, view: int) -> NDArray[np.int64]:
         given = np.asarray(rows)
@@ -231,46 +327,138 @@ class Cache:
         self.samples.require_alive(wanted)
         return wanted
 
-    def _group(self, field: str, view: int) -> Group:
+    def _encoding(self, addition: Addition, field: str) -> Encoding:
+        constants = addition.constants.digest if addition.constants is not None else ""
+        key = (addition.teacher, field, constants)
+        if key not in self._encodings:
+            opened = addition.open_encodings(read_constants(self.root, addition.constants))
+            self._encodings |= {(addition.teacher, name, constants): item for name, item in opened.items()}
+        return self._encodings[key]
+
+    @cached_property
+    def _encodings(self) -> dict[tuple[str, str, str], Encoding]:
+        return {}
+
+    def _blocks(self, field: str, view: int) -> list[tuple[Index, Group]]:
+        """What holds a field (or a view's proof: an empty name) in one view, in the order of its rows."""
         if (field, view) not in self._groups:
-            manifest = self.manifest
-            made = manifest.field_group(field, view) if field else manifest.proof_group(view)
-            self._groups[field, view] = made
+            teacher, name = self._named(field) if field else ("", "")
+            found = []
+            for index in self.indices:
+                item = index.addition
+                if view not in item.view_numbers:
+                    continue
+                if not field and item.extent.proof:
+                    found.append((index, item.proof_group(view)))
+                elif field and item.teacher == teacher and name in item.fields:
+                    found.append((index, item.field_group(name, view)))
+            self._groups[field, view] = sorted(found, key=lambda block: block[0].addition.extent.first_row)
         return self._groups[field, view]
 
     def _gather(
-        self, group: Group, part: str, view: int, rows: NDArray[np.int64], out: NDArray[Any] | None = None
+        self, field: str, part: str, view: int, rows: NDArray[np.int64], out: NDArray[Any] | None = None
     ) -> NDArray[Any]:
-        reader = self._opened(group, view)
-        self._require_committed(view, rows)
-        gathered = reader.gather(part, rows, out)
+        return self._as_it_is(lambda: self._gathered(field, part, view, rows, out))
+
+    def _as_it_is(self, look: Callable[[], T]) -> T:
+        """Looks once more where a build has sealed, meanwhile, what was being built: its receipts are a table now."""
+        try:
+            return look()
+        except (HoleError, CorruptionError):
+            if self._sealed or self.manifest.state == "sealed" or read_manifest(self.root) == self.manifest:
+                raise
+        self.__init__(**self.__getstate__())  # type: ignore[misc]
+        return look()
+
+    def _gathered(
+        self, field: str, part: str, view: int, rows: NDArray[np.int64], out: NDArray[Any] | None
+    ) -> NDArray[Any]:
+        blocks = self._blocks(field, view)
+        self._require_committed(field, view, rows, blocks)
+        if len(blocks) == 1:
+            index, group = blocks[0]
+            first = index.addition.extent.first_row
+            gathered = self._opened(index, group, view).gather(part, rows - first if first else rows, out)
+        else:
+            gathered = self._gather_from(blocks, part, view, rows, out)
         self._make_room()
         return gathered
 
-    def _require_committed(self, view: int, rows: NDArray[np.int64]) -> None:
-        if view not in self._committed:
-            shards = [shard for of, shard in self.files if of == view]
-            self._committed[view] = np.isin(np.arange(self.manifest.grid.shards), shards)
-        committed = self._committed[view][rows // self.manifest.grid.shard_rows]
-        if not committed.all():
-            shard = int(rows[~committed][0]) // self.manifest.grid.shard_rows
-            start, stop = self.manifest.grid.span(shard)
+    def _gather_from(
+        self,
+        blocks: list[tuple[Index, Group]],
+        part: str,
+        view: int,
+        rows: NDArray[np.int64],
+        out: NDArray[Any] | None,
+    ) -> NDArray[Any]:
+        """Rows of a cache that has grown: from the groups of several segments into one array."""
+        described = next(item for item in blocks[0][1].parts if item.name == part)
+        if out is None:
+            out = np.empty((len(rows), *described.shape), described.dtype)
+        for index, group in blocks:
+            extent = index.addition.extent
+            places = np.flatnonzero((rows >= extent.first_row) & (rows < extent.stop_row))
+            if len(places):
+                out[places] = self._opened(index, group, view).gather(part, rows[places] - extent.first_row)
+        return out
+
+    @staticmethod
+    def _committed(index: Index, view: int, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Which rows are in a committed shard of an addition."""
+        extent, shards = index.addition.extent, index.shards(view)
+        inside = (rows >= extent.first_row) & (rows < extent.stop_row)
+        places = np.where(inside, (rows - extent.first_row) // index.addition.store.shard_rows, 0)
+        found: NDArray[np.bool_] = inside & shards[places]
+        return found
+
+    def _require_committed(
+        self, field: str, view: int, rows: NDArray[np.int64], blocks: list[tuple[Index, Group]]
+    ) -> None:
+        covered = np.zeros(len(rows), np.bool_)
+        for index, _ in blocks:
+            # Of a sealed addition that covers all there is nothing to look up.
+            if index.sealed and index.addition.rows == len(self):
+                return
+            covered |= self._committed(index, view, rows)
+            if not index.sealed:
+                self._learn_from(index, view, rows)
+                self.samples.require_alive(rows)
+        if not covered.all():
+            row = int(rows[~covered][0])
+            planned = next((index.addition for index, _ in blocks if self._plans(index.addition, row)), None)
+            if planned is None:
+                hint = "Build it: teacher-cache build CONFIG adds what is missing."
+                what = f"{field or 'proof'}, view {view}"
+                raise HoleError(what, "must be part of the cache's plan", f"row {row}", hint)
+            start, stop = planned.span(planned.shard_of(row))
             hint = "Finish the build: teacher-cache build CONFIG goes on where it stopped."
             raise HoleError(f"view {view}", "must be committed before it is read", f"rows {start}..{stop - 1}", hint)
 
-    def _opened(self, group: Group, view: int) -> GroupReader:
+    @staticmethod
+    def _plans(addition: Addition, row: int) -> bool:
+        return addition.extent.first_row <= row < addition.extent.stop_row
+
+    def _learn_from(self, index: Index, view: int, rows: NDArray[np.int64]) -> None:
+        """While a build runs, the shards' own receipts say which of their rows are tombstones."""
+        committed = rows[self._committed(index, view, rows)]
+        shards = np.unique((committed - index.addition.extent.first_row) // index.addition.store.shard_rows)
+        for shard in shards.tolist():
+            reasons = dict(index.receipt(view, shard).tombstones)
+            if set(reasons) - self.samples.reasons.keys():
+                self.samples.learn(np.zeros(len(self), np.uint64), reasons)
+
+    def _opened(self, index: Index, group: Group, view: int) -> GroupReader:
         if group.path not in self._readers:
-            files = self.files
-
-            def records_of(shard: int) -> dict[str, FileRecord]:
-                return files[view, shard]
-
+            records_of = _records(index, view)
+            addition = index.addition
             if self._maps is None:
-                self._readers[group.path] = self._store.open_group(self.path, group, records_of)
+                store = open_store(addition.store.kind, addition.grid)
+                self._readers[group.path] = store.open_group(self.root, group, records_of)
             else:
-                # Caches of one identity have the same bytes, wherever they are.
-                folder = self._maps / self.manifest.identity.whole
-                self._readers[group.path] = open_maps(self.path, folder, group, self.manifest.grid, records_of)
+                # Additions of one identity have the same bytes, wherever they are.
+                folder = self._maps / addition.identity.whole
+                self._readers[group.path] = open_maps(self.root, folder, group, addition.grid, records_of)
         self._readers.move_to_end(group.path)
         return self._readers[group.path]
 
@@ -282,6 +470,12 @@ class Cache:
                 return
             _, oldest = self._readers.popitem(last=False)
             oldest.clear()
+
+    def files(self) -> Iterator[FileRecord]:
+        """Every file of every committed shard."""
+        for index in self.indices:
+            for view, shard in index.places():
+                yield from index.files(view, shard).values()
 
     @property
     def source(self) -> Source:
@@ -340,18 +534,30 @@ class Cache:
         check(self, view, np.asarray(rows, np.int64).reshape(-1), rendered, tolerance)
 
 
-def open_cache(path: str | Path, source: SourceSpec | None = None, maps: str | Path | None = None) -> Cache:
+def _records(index: Index, view: int) -> Callable[[int], Mapping[str, FileRecord]]:
+    return lambda shard: index.files(view, shard)
+
+
+def open_cache(
+    path: str | Path,
+    source: SourceSpec | None = None,
+    maps: str | Path | None = None,
+    copies: str | Path | None = None,
+    sealed: bool = False,
+) -> Cache:
     """Opens a cache read-only.
 
     Args:
-        path: its folder.
+        path: its folder, or `s3://bucket/prefix`.
         source: where the data set is now, if not where the manifest says.
         maps: of a Parquet cache: a folder on this machine in which shards are kept decoded.
+        copies: of a remote cache: a folder on this machine in which files are kept as they are read.
+        sealed: leave out what is being added to it just now.
 
     Raises:
         CacheError: there is none, or it cannot be trusted.
     """
-    return Cache(path, source, maps)
+    return Cache(path, source, maps, copies, sealed)
 
 
 __all__ = ["Cache", "CacheError", "open_cache"]

@@ -6,20 +6,22 @@ A receipt is written after every file that it names. Sealing turns all of them i
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from teacher_cache.addition import Addition, Totals
 from teacher_cache.encodings import fidelity
 from teacher_cache.errors import CacheError, CorruptionError
-from teacher_cache.manifest import Manifest, Totals
 from teacher_cache.signed import checked, signed
 from teacher_cache.storage import FileRecord
 from teacher_cache.storage.files import UNREADABLE
+from teacher_cache.storage.root import Root
 
+FOLDER = "receipts"
 ANOTHERS = "belongs to another cache"
 REMOVE = "Run `teacher-cache repair PATH`, or remove it; a build then computes the shard again."
 
@@ -29,7 +31,7 @@ class Receipt:
     """The proof that one shard is committed; written last."""
 
     identity: str
-    """Of the cache: a receipt of another cache is refused."""
+    """Of the addition: a receipt of another one is refused."""
     view: int
     shard: int
     files: tuple[FileRecord, ...]
@@ -74,29 +76,56 @@ class Receipt:
 
 def receipt_path(view: int, shard: int) -> str:
     """Where the receipt of a shard is, below the root."""
-    return f"receipts/{shard_claim(view, shard)}.json"
+    return f"{_folder(view)}/s{shard:06d}.json"
+
+
+def _folder(view: int) -> str:
+    return f"{FOLDER}/v{view:04d}"
+
+
+_NAME = re.compile(FOLDER + r"/v(\d{4,})/s(\d{6,})\.json")
+
+
+def receipt_of(path: str) -> tuple[int, int] | None:
+    """The (view, shard) whose receipt a path is; None where it is none's."""
+    found = _NAME.fullmatch(path)
+    place = (int(found[1]), int(found[2])) if found else None
+    return place if place and receipt_path(*place) == path else None
 
 
 def shard_claim(view: int, shard: int) -> str:
-    """The name of a shard's receipt, under which a builder claims the shard."""
+    """The name under which a builder claims a shard."""
     return f"v{view:04d}-s{shard:06d}"
 
 
-def read_receipts(root: Path, manifest: Manifest) -> list[Receipt]:
-    """All receipts of an unsealed cache, in the order of (view, shard); each checked.
+def read_receipts(root: Root, addition: Addition) -> Iterator[Receipt]:
+    """All receipts of an addition that is being built, in the order of (view, shard); each checked.
 
     Raises:
         CorruptionError: a receipt is altered, stands in another's place, or belongs to another cache.
     """
-    return [read_receipt(root, f"receipts/{name}", manifest) for name in receipt_names(root)]
+    for view in addition.view_numbers:
+        for name in receipt_names(root, view):
+            yield read_receipt(root, name, addition)
 
 
-def receipt_names(root: Path) -> list[str]:
-    """The names below `receipts/` that are a receipt's, in the order of (view, shard)."""
-    return sorted(path.name for path in (root / "receipts").glob("*.json"))
+def receipt_names(root: Root, view: int | None = None) -> list[str]:
+    """The files that are receipts, of one view or of all, in the order of (view, shard)."""
+    folder = FOLDER if view is None else _folder(view)
+    return sorted(name for name in root.names(f"{folder}/") if name.endswith(".json"))
 
 
-def read_receipt(root: Path, place: str, manifest: Manifest) -> Receipt:
+def committed_shards(root: Root, addition: Addition, view: int) -> NDArray[np.bool_]:
+    """Which shards of a view have a receipt, [shards]; none of them is read."""
+    found = np.zeros(addition.grid.shards, np.bool_)
+    for name in root.names(f"{_folder(view)}/"):
+        place = receipt_of(name)
+        if place is not None and place[1] < len(found):
+            found[place[1]] = True
+    return found
+
+
+def read_receipt(root: Root, place: str, addition: Addition) -> Receipt:
     """One receipt, checked.
 
     Raises:
@@ -104,27 +133,27 @@ def read_receipt(root: Path, place: str, manifest: Manifest) -> Receipt:
         CacheError: it cannot be read.
     """
     try:
-        data = (root / place).read_bytes()
+        data = root.read(place)
     except (FileNotFoundError, IsADirectoryError) as error:
         raise CorruptionError(place, "must be a file", error, REMOVE) from error
     except OSError as error:
         raise CacheError(place, "cannot be read", error, UNREADABLE) from error
     receipt = Receipt.from_bytes(data, place)
-    if receipt.identity != manifest.identity.whole:
+    if receipt.identity != addition.identity.whole:
         raise CorruptionError(place, ANOTHERS, receipt.identity, REMOVE)
     if receipt_path(receipt.view, receipt.shard) != place:
         raise CorruptionError(place, "stands in another receipt's place", (receipt.view, receipt.shard), REMOVE)
-    _require_fit(receipt, place, manifest)
+    _require_fit(receipt, place, addition)
     return receipt
 
 
-def _require_fit(receipt: Receipt, place: str, manifest: Manifest) -> None:
+def _require_fit(receipt: Receipt, place: str, addition: Addition) -> None:
     """Refuses what no shard of this plan can have met: it would end up in other rows, or nowhere."""
-    grid = manifest.grid
-    if receipt.view >= manifest.views or receipt.shard >= grid.shards:
-        rule = f"must be of views 0..{manifest.views - 1} and shards 0..{grid.shards - 1}"
+    views, shards = addition.view_numbers, addition.grid.shards
+    if receipt.view not in views or not 0 <= receipt.shard < shards:
+        rule = f"must be of views {views.start}..{views.stop - 1} and shards 0..{shards - 1}"
         raise CorruptionError(place, rule, (receipt.view, receipt.shard), REMOVE)
-    start, stop = grid.span(receipt.shard)
+    start, stop = addition.span(receipt.shard)
     if len(receipt.content) != stop - start:
         raise CorruptionError(place, f"must hold {stop - start} content digests", len(receipt.content), REMOVE)
     strange = [row for row, _ in receipt.tombstones if not start <= row < stop]
@@ -138,16 +167,38 @@ def _require_fit(receipt: Receipt, place: str, manifest: Manifest) -> None:
         raise CorruptionError(place, "must name each file once", len(receipt.files), REMOVE)
 
 
-def add_up(manifest: Manifest, receipts: Iterable[Receipt]) -> Totals:
+class Tally:
+    """Adds up what shards met, receipt by receipt."""
+
+    def __init__(self) -> None:
+        self._bytes = self._labelled = self._correct = 0
+        self._fidelity: dict[str, dict[str, float]] = {}
+        self.reasons: dict[int, str] = {}
+        """Why rows are tombstones."""
+
+    def add(self, receipt: Receipt) -> None:
+        """Takes one in; the order matters to the last bit of the fidelity, and is that of (view, shard)."""
+        self._bytes += sum(record.size for record in receipt.files)
+        self._labelled += receipt.labelled
+        self._correct += receipt.correct
+        self.reasons |= dict(receipt.tombstones)
+        for field, measured in receipt.fidelity.items():
+            self._fidelity[field] = fidelity.add(self._fidelity.get(field, {}), measured)
+
+    def totals(self, addition: Addition) -> Totals:
+        """All of it together."""
+        return Totals(
+            bytes=self._bytes,
+            tombstones=len(self.reasons),
+            labelled=self._labelled,
+            correct=self._correct,
+            fidelity={field: fidelity.mean(self._fidelity.get(field, {})) for field in addition.fields},
+        )
+
+
+def add_up(addition: Addition, receipts: Iterable[Receipt]) -> Totals:
     """What the shards of these receipts met, together."""
-    receipts = list(receipts)
-    return Totals(
-        bytes=sum(record.size for receipt in receipts for record in receipt.files),
-        tombstones=len({row for receipt in receipts for row, _ in receipt.tombstones}),
-        labelled=sum(receipt.labelled for receipt in receipts),
-        correct=sum(receipt.correct for receipt in receipts),
-        fidelity={
-            field: fidelity.total(r.fidelity[field] for r in receipts if field in r.fidelity)
-            for field in manifest.fields
-        },
-    )
+    tally = Tally()
+    for receipt in receipts:
+        tally.add(receipt)
+    return tally.totals(addition)

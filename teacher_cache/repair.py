@@ -16,18 +16,27 @@ from pathlib import Path
 
 import torch
 
-from teacher_cache.errors import BuildError, CacheError, CacheNotFoundError, CorruptionError, MismatchError
-from teacher_cache.manifest import MANIFEST, Manifest, read_manifest
+from teacher_cache.errors import (
+    BuildError,
+    CacheError,
+    CacheNotFoundError,
+    CorruptionError,
+    MismatchError,
+    TeacherCacheError,
+)
+from teacher_cache.manifest import MANIFEST
 from teacher_cache.problem import Problem, problem_of
 from teacher_cache.reader import Cache
 from teacher_cache.receipts import Receipt, receipt_path
-from teacher_cache.shard_job import Job, Work, open_job, run_work
+from teacher_cache.shard_job import Job, Work, run_work
 from teacher_cache.spec import SourceSpec
-from teacher_cache.storage import FileRecord, write_atomic
+from teacher_cache.storage import FileRecord
 from teacher_cache.storage.files import sync_folder
-from teacher_cache.verify import bad_receipts, damage_problems, is_anothers
+from teacher_cache.storage.local_root import LocalRoot
+from teacher_cache.storage.root import Root, open_root
+from teacher_cache.verify import damage_problems, is_anothers
 from teacher_cache.verify_bytes import Damage, Place, find_damage
-from teacher_cache.verify_recompute import open_again
+from teacher_cache.verify_recompute import job_again
 from teacher_cache.verify_structure import structure
 
 Progress = Callable[[int, int, int], None]
@@ -100,17 +109,12 @@ def repair(
             has been changed but what came out right.
         WorkError: a shard could not be made, or a file could not be written.
     """
-    root, started, done = Path(path), time.perf_counter(), _Done()
-    manifest = _manifest(root, done)
-    if manifest is not None and manifest.state == "building":
-        bad = bad_receipts(root, manifest)
-        # With another cache's manifest all receipts seem to be wrong, and none is.
-        _uncommit(root, [] if is_anothers(root, manifest, bad) else [error.field for error in bad], done)
-    cache = _opened(root, source, done) if manifest is not None else None
+    root, started, done = open_root(path), time.perf_counter(), _Done()
+    cache = _opened(root, source, done)
     if cache is not None:
         _repair(cache, find_damage(cache), remove_strays, progress, done)
     return RepairReport(
-        path=str(root),
+        path=root.url,
         written=tuple(done.written),
         uncommitted=tuple(done.uncommitted),
         removed=tuple(done.removed),
@@ -120,9 +124,9 @@ def repair(
     )
 
 
-def _manifest(root: Path, done: _Done) -> Manifest | None:
+def _opened(root: Root, source: SourceSpec | None, done: _Done) -> Cache | None:
     try:
-        return read_manifest(root)
+        return Cache(root, source)
     except CacheNotFoundError:
         raise
     except CacheError as error:
@@ -130,58 +134,66 @@ def _manifest(root: Path, done: _Done) -> Manifest | None:
         return None
 
 
-def _opened(root: Path, source: SourceSpec | None, done: _Done) -> Cache | None:
-    try:
-        return Cache(root, source)
-    except CacheNotFoundError:
-        raise
-    except CacheError as error:
-        done.left.append(problem_of(error, _TABLES))
-        return None
-
-
 def _repair(cache: Cache, damage: Damage, remove_strays: bool, progress: Progress | None, done: _Done) -> None:
-    if wrong := list(structure(cache)):
+    root, building = cache.root, cache.manifest.state == "building"
+    # With another cache's manifest all receipts seem to be wrong, and none is.
+    if damage.receipts and not is_anothers(root, cache.manifest, damage.receipts):
+        _uncommit(root, [error.field for error in damage.receipts], done)
+        cache = cache.again()
+        damage = find_damage(cache)
+    wrong = [] if damage.tables else list(structure(cache))
+    if damage.tables or damage.receipts or wrong:
         # What the manifest says is itself in doubt: nothing is changed on its word.
-        done.left += [*wrong, *damage_problems(cache, damage)]
+        problems = damage_problems(cache, replace(damage, tables=()))
+        done.left += [*wrong, *(problem_of(error, _TABLES) for error in damage.tables), *problems]
         return
-    building = cache.manifest.state == "building"
     if remove_strays:
         # They go first: one may stand where a folder must be.
-        _remove(cache.path, damage.strays, done)
+        _remove(root, damage.strays, done)
         damage = replace(damage, strays=())
     for name, data in damage.metadata.items():
-        _write(cache.path, name, data, done)
-    if building:
-        _make_room(cache.path, damage)
-        _uncommit(cache.path, [receipt_path(*place) for place in damage.shards], done)
-    elif damage.shards:
-        _recompute(cache, damage.shards, progress, done)
-    # Holes of a cache that is being built are no damage: `build` fills them.
-    rest = replace(damage, shards={}, metadata={}, tables=(), holes=() if building else damage.holes)
-    done.left += [problem_of(error, _TABLES) for error in damage.tables]
+        _write(root, name, data, done)
+    last = len(cache.indices) - 1
+    open_places = {place for place in damage.shards if building and place.addition == last}
+    if open_places:
+        _make_room(root, damage)
+        _uncommit(
+            root, [receipt_path(place.view, place.shard) for place in damage.shards if place in open_places], done
+        )
+    sealed = {place: errors for place, errors in damage.shards.items() if place not in open_places}
+    if sealed:
+        _recompute(cache, sealed, progress, done)
+    # Holes of what is being built are no damage: `build` fills them.
+    holes = tuple(place for place in damage.holes if not (building and place.addition == last))
+    rest = replace(damage, shards={}, metadata={}, holes=holes)
     done.left += damage_problems(cache, rest)
 
 
-def _make_room(root: Path, damage: Damage) -> None:
+def _make_room(root: Root, damage: Damage) -> None:
     """An empty folder in a file's place would stop the build that is to write the file."""
     for error in (error for errors in damage.shards.values() for error in errors):
+        _remove_empty_folder(root, error.field)
+
+
+def _remove_empty_folder(root: Root, name: str) -> None:
+    if isinstance(root, LocalRoot):
         with contextlib.suppress(OSError):
-            (root / error.field).rmdir()
+            (root.path / name).rmdir()
 
 
-def _remove(root: Path, strays: tuple[str, ...], done: _Done) -> None:
+def _remove(root: Root, strays: tuple[str, ...], done: _Done) -> None:
     for name in strays:
-        path = root / name
-        if name.endswith("/"):
-            path.rmdir()
+        if isinstance(root, LocalRoot):
+            path = root.path / name
+            path.rmdir() if name.endswith("/") else path.unlink(missing_ok=True)
+            _remove_empty(root.path, path.parent)
         else:
-            path.unlink(missing_ok=True)
+            root.remove(name)
         done.removed.append(name)
-        _remove_empty(root, path.parent)
-    for folder in {(root / name).parent for name in strays}:
-        if folder.is_dir():
-            sync_folder(folder)
+    if isinstance(root, LocalRoot):
+        for folder in {(root.path / name).parent for name in strays}:
+            if folder.is_dir():
+                sync_folder(folder)
 
 
 def _remove_empty(root: Path, folder: Path) -> None:
@@ -194,42 +206,45 @@ def _remove_empty(root: Path, folder: Path) -> None:
         folder = folder.parent
 
 
-def _write(root: Path, name: str, data: bytes, done: _Done) -> None:
+def _write(root: Root, name: str, data: bytes, done: _Done) -> None:
     # An empty folder in a file's place cannot be renamed over, and holds nothing.
-    with contextlib.suppress(OSError):
-        (root / name).rmdir()
-    write_atomic(root, name, data)
+    _remove_empty_folder(root, name)
+    root.write(name, data)
     done.written.append(name)
 
 
-def _uncommit(root: Path, receipts: list[str], done: _Done) -> None:
+def _uncommit(root: Root, receipts: list[str], done: _Done) -> None:
     for name in receipts:
-        path = root / name
+        _remove_empty_folder(root, name)
         try:
-            path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
-        except OSError as error:
+            if isinstance(root, LocalRoot) and (root.path / name).is_dir() and not (root.path / name).is_symlink():
+                (root.path / name).rmdir()
+            root.remove(name)
+        except (OSError, BuildError) as error:
             hint = "Empty that folder, or change the permissions; then run the same command again."
             raise BuildError(name, "cannot be removed", error, hint) from error
         done.uncommitted.append(name)
-    if receipts and (root / "receipts").is_dir():
-        sync_folder(root / "receipts")
+    if isinstance(root, LocalRoot):
+        for folder in {(root.path / name).parent for name in receipts}:
+            if folder.is_dir():
+                sync_folder(folder)
 
 
 def _recompute(
     cache: Cache, damaged: Mapping[Place, tuple[CacheError, ...]], progress: Progress | None, done: _Done
 ) -> None:
-    spans = [cache.manifest.grid.span(shard) for _, shard in damaged]
+    additions = cache.manifest.additions
+    spans = [additions[place.addition].span(place.shard) for place in damaged]
     total = sum(stop - start for start, stop in spans)
     tell = progress or (lambda _done, _total, _built: None)
     tell(0, total, 0)
-    threads = torch.get_num_threads()
-    # Part of the identity: it can change the last bit of a logit.
-    torch.set_num_threads(cache.spec.compute.threads)
+    threads, jobs = torch.get_num_threads(), dict[int, Job]()
     try:
-        job = open_job(cache.path, cache.manifest, open_again(cache))
         for (place, errors), (start, stop) in zip(damaged.items(), spans, strict=True):
+            if place.addition not in jobs:
+                jobs = {place.addition: job_again(cache, additions[place.addition])}
             try:
-                if not _repair_shard(cache, job, place, done):
+                if not _repair_shard(cache, jobs[place.addition], place, done):
                     done.left += [problem_of(error, _TABLES) for error in errors]
             except CorruptionError as error:
                 # One of its samples is not what the teacher saw: other shards have other samples.
@@ -246,15 +261,15 @@ def _repair_shard(cache: Cache, job: Job, place: Place, done: _Done) -> bool:
     Returns:
         Whether something differed; if not, what is wrong was signed.
     """
-    before, (view, shard) = len(done.written), place
+    before = len(done.written)
     with tempfile.TemporaryDirectory(prefix="teacher-cache-repair-") as folder:
-        scratch = Path(folder)
-        receipt = _made(cache, replace(job, root=scratch), Work((view,), shard))
-        _require_same(cache, receipt)
+        scratch = LocalRoot(Path(folder))
+        receipt = _made(cache, replace(job, root=scratch), Work((place.view,), place.shard))
+        _require_same(cache, place, receipt)
         for record in receipt.files:
-            data = (scratch / record.path).read_bytes()
-            if not _stands(cache.path / record.path, data):
-                _write(cache.path, record.path, data, done)
+            data = scratch.read(record.path)
+            if not _stands(cache.root, record.path, data):
+                _write(cache.root, record.path, data, done)
     return len(done.written) > before
 
 
@@ -262,26 +277,29 @@ def _made(cache: Cache, job: Job, work: Work) -> Receipt:
     try:
         (receipt,) = run_work(job, work)
     except MismatchError as error:
-        if error.field not in cache.samples.keys:
+        if error.field not in set(cache.samples.keys):
             raise
         raise CorruptionError(error.field, error.rule, error.value, error.hint) from error
     return receipt
 
 
-def _stands(path: Path, data: bytes) -> bool:
+def _stands(root: Root, name: str, data: bytes) -> bool:
     """Whether a file is there and has these bytes: then it is not touched."""
+    if isinstance(root, LocalRoot) and not (root.path / name).is_file():
+        return False
     try:
-        return path.is_file() and path.read_bytes() == data
-    except OSError:
+        return root.read(name) == data
+    except (OSError, TeacherCacheError):
         return False
 
 
-def _require_same(cache: Cache, receipt: Receipt) -> None:
-    committed: dict[str, FileRecord] = cache.files[receipt.view, receipt.shard]
+def _require_same(cache: Cache, place: Place, receipt: Receipt) -> None:
+    index = cache.indices[place.addition]
+    committed: Mapping[str, FileRecord] = index.files(place.view, place.shard)
     for record in receipt.files:
         if committed.get(record.path) != record:
             rule = f"must come out as it was committed, with digest {committed[record.path].digest}"
-            then = f"device, processor, and versions {cache.manifest.versions}"
+            then = f"device, processor, and versions {index.addition.versions}"
             hint = (
                 f"This machine computes other bytes, and nothing of this shard was changed. Run the same command on a "
                 f"machine like the one that built it ({then}), restore the file from a copy, or build the cache again."

@@ -10,9 +10,9 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
+from teacher_cache.addition import Totals
 from teacher_cache.encodings import Encoding, TopKLogits, row_bytes
 from teacher_cache.errors import MismatchError, RequestError
-from teacher_cache.manifest import Totals
 from teacher_cache.reader import Cache, open_cache
 from teacher_cache.report_comparison import Comparison, read_comparison
 from teacher_cache.report_gallery import MAX_PIXELS, GalleryRow, gallery
@@ -82,18 +82,16 @@ def _page(cache: Cache, comparison: Comparison | None) -> str:
         totals=totals,
         progress=_progress(cache),
         identity=_identity(cache),
-        recipe=json.dumps(cache.manifest.recipe, indent=2, ensure_ascii=False),
+        recipe=json.dumps(cache.manifest.first.recipe, indent=2, ensure_ascii=False),
         encoded=_encoded(cache, totals),
-        proof_bytes=sum(part.row_bytes for part in cache.manifest.proof_group(0).parts),
+        proof_bytes=sum(part.row_bytes for part in cache.manifest.first.proof_group(0).parts),
         plots=[] if soft is None else [entropy_plot(soft), mass_plot(soft)],
         sampled=len(picks.rows),
         gallery=shown,
         gallery_views=GALLERY_VIEWS,
         gallery_trouble=trouble,
         max_pixels=MAX_PIXELS,
-        tombstones=[
-            (key, reason) for key, reason in zip(cache.samples.keys, cache.samples.reasons, strict=True) if reason
-        ],
+        tombstones=cache.samples.tombstones,
         comparison=comparison,
         training=_training(comparison),
     )
@@ -113,28 +111,31 @@ def _gallery(cache: Cache, picks: Picks) -> tuple[list[GalleryRow], str | None]:
 
 def _progress(cache: Cache) -> tuple[int, int]:
     """(rows committed, rows planned), over all views."""
-    spans = (cache.manifest.grid.span(shard) for _, shard in cache.files)
-    return sum(stop - start for start, stop in spans), len(cache) * cache.views
+    spans = (index.addition.span(shard) for index in cache.indices for _, shard in index.places())
+    planned = sum(index.addition.rows * index.addition.extent.views for index in cache.indices)
+    return sum(stop - start for start, stop in spans), planned
 
 
 def _identity(cache: Cache) -> list[tuple[str, str]]:
     manifest = cache.manifest
-    fingerprints = [("Whole cache", manifest.identity.whole)]
-    fingerprints += [(name.capitalize(), value) for name, value in manifest.identity.model_dump().items()]
+    fingerprints = [("Whole cache", manifest.whole)]
+    for number, addition in enumerate(manifest.additions):
+        of = f" (addition {number})" if number else ""
+        fingerprints += [(name.capitalize() + of, value) for name, value in addition.identity.model_dump().items()]
     return fingerprints
 
 
 def _encoded(cache: Cache, totals: Totals) -> list[_Encoded]:
-    manifest = cache.manifest
+    encodings = {field: cache.encoding_of(field) for field in cache.fields}
     return [
         _Encoded(
             field,
-            " × ".join(str(size) for size in manifest.field_shapes[field]),
+            " × ".join(str(size) for size in cache.shape_of(field)),
             _described(encoding),
             row_bytes(encoding),
             totals.fidelity.get(field, {}),
         )
-        for field, encoding in sorted(manifest.encodings.items(), key=lambda item: (item[0] != "logits", item[0]))
+        for field, encoding in sorted(encodings.items(), key=lambda item: (item[0] != "logits", item[0]))
     ]
 
 

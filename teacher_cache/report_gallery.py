@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from teacher_cache.reader import Cache
-from teacher_cache.report_rows import committed_shards, kept_classes
+from teacher_cache.report_rows import committed_rows, kept_classes
 
 MAX_PIXELS = 128
 """Longer sides are shrunk: at ImageNet's size the page would grow by megabytes that nobody can see."""
@@ -59,9 +59,8 @@ def gallery(cache: Cache, rows: Sequence[int], views: int) -> list[GalleryRow]:
         SourceError: the data set cannot be opened.
         MismatchError: the data set or the rendered views are not those that the teacher saw.
     """
-    committed = committed_shards(cache)
-    shard_rows = cache.manifest.grid.shard_rows
-    shown = {row: np.flatnonzero(committed[row // shard_rows])[:views].tolist() for row in rows}
+    committed = committed_rows(cache)
+    shown = {row: np.flatnonzero(committed[row])[:views].tolist() for row in rows}
     pictures: dict[int, list[Picture]] = {row: [] for row in rows}
     for view in sorted({view for some in shown.values() for view in some}):
         wanted = [row for row in rows if view in shown[row]]
@@ -71,7 +70,7 @@ def gallery(cache: Cache, rows: Sequence[int], views: int) -> list[GalleryRow]:
     labels = cache.labels
     return [
         GalleryRow(
-            cache.samples.keys[row],
+            cache.samples.key(row),
             None if labels is None else class_name(cache, int(labels[row])),
             tuple(pictures[row]),
         )
@@ -87,7 +86,7 @@ def class_name(cache: Cache, number: int) -> str:
 
 def _bars(cache: Cache, view: int, rows: list[int]) -> list[tuple[Bar, ...]]:
     # A sequence has too many distributions to draw one beside each view.
-    if len(cache.manifest.field_shapes.get("logits", ())) != 1:
+    if "logits" not in cache.fields or len(cache.shape_of("logits")) != 1:
         return [()] * len(rows)
     target, labels = cache.read("logits", view, rows), cache.labels
     # A stable sort: `topk` leaves the order of equal probabilities open.

@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from teacher_cache.encodings import SparseTarget, Target
-from teacher_cache.fingerprint import key_digests
 from teacher_cache.reader import Cache
 from teacher_cache.views.philox import below, view_words
 
@@ -42,24 +41,25 @@ class SoftTargets:
     """Mass of the 1, 2, … K largest classes at T = 1."""
 
 
-def committed_shards(cache: Cache) -> NDArray[np.bool_]:
-    """Which shard is committed in which view, [shards, views]."""
-    found = np.zeros((cache.manifest.grid.shards, cache.views), np.bool_)
-    for view, shard in cache.files:
-        found[shard, view] = True
+def committed_rows(cache: Cache) -> NDArray[np.bool_]:
+    """Which rows are committed in which view, for the first field that there is, [N, views]."""
+    found = np.zeros((len(cache), cache.views), np.bool_)
+    for index in cache.indices:
+        if index.addition in cache.additions_of(cache.fields[0]):
+            for view, shard in index.places():
+                found[slice(*index.addition.span(shard)), view] = True
     return found
 
 
 def pick(cache: Cache, count: int) -> Picks:
     """Up to `count` distinct rows, those with the smallest Philox words, each with one of its views."""
-    committed = committed_shards(cache)
-    shard_N = np.arange(len(cache)) // cache.manifest.grid.shard_rows
-    views_N = committed.sum(1)[shard_N]
-    words_N4 = view_words(key_digests(cache.samples.keys), 0, _ADDRESS, 1, 0)
+    committed = committed_rows(cache)
+    views_N = committed.sum(1)
+    words_N4 = view_words(cache.key_digests, 0, _ADDRESS, 1, 0)
     eligible = np.flatnonzero(cache.alive & (views_N > 0))
     rows = eligible[np.argsort(words_N4[eligible, 0], kind="stable")[:count]]
     places = below(words_N4[rows, 1], views_N[rows])
-    views = [int(np.flatnonzero(committed[shard_N[row]])[k]) for row, k in zip(rows, places, strict=True)]
+    views = [int(np.flatnonzero(committed[row])[k]) for row, k in zip(rows, places, strict=True)]
     return Picks(rows, np.array(views, np.int64))
 
 
@@ -67,10 +67,10 @@ def measure(cache: Cache, picks: Picks) -> SoftTargets | None:
     """Entropy at each temperature and top-k mass of the picked rows; None where there are none to measure."""
     if "logits" not in cache.fields or len(picks.rows) == 0:
         return None
-    if cache.manifest.encodings["logits"].name == "sampled_k":
+    if cache.encoding_of("logits").name == "sampled_k":
         # Entropy and mass of one draw are the draw's, not the teacher's.
         return None
-    classes = cache.manifest.field_shapes["logits"][-1]
+    classes = cache.shape_of("logits")[-1]
     entropies: dict[int, list[Tensor]] = {temperature: [] for temperature in TEMPERATURES}
     masses, kept = [], classes
     for target in (each.flat() for each in _targets(cache, picks)):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,19 +16,22 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from teacher_cache.addition import Addition
 from teacher_cache.encodings import Encoding, SampledLogits, Sequenced
 from teacher_cache.encodings.fidelity import measure_feature, measure_logits
 from teacher_cache.errors import BuildError, NonFiniteError, SpecError, TeacherCacheError
 from teacher_cache.lease import Hold
-from teacher_cache.loader import Decoded
+from teacher_cache.loader import Decoded, KnownItems, ViewLoader
 from teacher_cache.manifest import Manifest
 from teacher_cache.plan import Opened, open_parts
 from teacher_cache.poison import KILLED, is_current
+from teacher_cache.proof import check
+from teacher_cache.reader import Cache
 from teacher_cache.receipts import Receipt, receipt_path, shard_claim
-from teacher_cache.samples import read_constants
-from teacher_cache.spec import HEAD_INPUT, BuildSpec
-from teacher_cache.storage import Store, open_store, write_atomic
-from teacher_cache.storage.files import file_error
+from teacher_cache.spec import HEAD_INPUT, BuildSpec, is_logits
+from teacher_cache.storage import FileRecord, Store, open_store
+from teacher_cache.storage.root import Root
+from teacher_cache.tables import read_constants
 from teacher_cache.teachers import padded
 from teacher_cache.views import How, Views
 from teacher_cache.views.philox import view_words
@@ -55,33 +57,49 @@ class Work(NamedTuple):
 class Job:
     """Everything that a worker opens once and uses for every shard."""
 
-    root: Path
+    root: Root
     opened: Opened
-    manifest: Manifest
+    addition: Addition
     encodings: dict[str, Encoding]
     store: Store
     how: How
     """Where views are rendered."""
     hold: Hold | None = None
     """Where several may build: what is no longer claimed is not committed."""
+    known: Cache | None = None
+    """What was there before the addition; of a view that was made then, the teacher must see the very pixels."""
 
     @property
     def micro_batch(self) -> int:
-        """Rows in one question to the teacher: the manifest's, which planning may have made smaller than the spec's."""
-        size: int = self.manifest.spec["teacher"]["micro_batch"]
+        """Rows in one question to the teacher: the addition's, which planning may have made smaller than the spec's."""
+        size: int = self.addition.spec["teacher"]["micro_batch"]
         return size
 
 
-def open_job(root: Path, manifest: Manifest, opened: Opened, hold: Hold | None = None) -> Job:
-    """A job from parts that are already open."""
+def open_job(root: Root, manifest: Manifest, opened: Opened, hold: Hold | None = None) -> Job:
+    """A job for the addition that is being built, from parts that are already open."""
+    addition = manifest.open_addition
+    assert addition is not None, "a build has begun it"
+    before = manifest.sealed()
+    if before is None:
+        return job_of(root, addition, opened, hold)
+    known = Cache(root, sealed=True)
+    items = KnownItems(opened.source, known.samples)
+    loader = ViewLoader(opened.recipe, opened.digests, items, manifest.stops)
+    return job_of(root, addition, replace(opened, loader=loader), hold, known)
+
+
+def job_of(root: Root, addition: Addition, opened: Opened, hold: Hold | None = None, known: Cache | None = None) -> Job:
+    """A job for any addition; `known` must hold the views that it did not make itself."""
     here = opened.teacher.threads is None and opened.teacher.device == "cuda"
     # Views are made where the teacher will read them: a batched recipe needs no copy back.
     how = How(torch.device("cuda")) if here else How()
-    encodings = manifest.open_encodings(read_constants(root, manifest.constants))
-    return Job(root, opened, manifest, encodings, open_store(manifest.store.kind, manifest.grid), how, hold)
+    encodings = addition.open_encodings(read_constants(root, addition.constants))
+    store = open_store(addition.store.kind, addition.grid)
+    return Job(root, opened, addition, encodings, store, how, hold, known)
 
 
-def open_job_from(root: Path, manifest: Manifest, spec: BuildSpec, hold: Hold | None = None) -> Job:
+def open_job_from(root: Root, manifest: Manifest, spec: BuildSpec, hold: Hold | None = None) -> Job:
     """A job in another process: opens the parts again."""
     return open_job(root, manifest, open_parts(spec), hold)
 
@@ -106,13 +124,13 @@ def run_work(job: Job, work: Work) -> list[Receipt]:
 def try_rows(job: Job, work: Work, rows: Collection[int]) -> None:
     """Does with some rows of a shard all that the build does with them, the others left out, and writes nothing."""
     shards = [_Shard(job, view, work.shard) for view in work.views]
-    _answer(job, shards, work.shard, {*range(*job.manifest.grid.span(work.shard))}.difference(rows))
+    _answer(job, shards, work.shard, {*range(*job.addition.span(work.shard))}.difference(rows))
 
 
 def _answer(job: Job, shards: list[_Shard], number: int, without: Collection[int]) -> None:
     if not shards:
         return
-    for start, stop in _micro_batches(*job.manifest.grid.span(number), job.micro_batch):
+    for start, stop in _micro_batches(*job.addition.span(number), job.micro_batch):
         decoded = _decode(job, range(start, stop), without)
         for shard in shards:
             shard.answer(decoded)
@@ -129,12 +147,9 @@ def _decode(job: Job, rows: Iterable[int], without: Collection[int]) -> Decoded:
 def _receipt(job: Job, view: int, shard: int) -> Receipt | None:
     path = receipt_path(view, shard)
     try:
-        data = (job.root / path).read_bytes()
+        return Receipt.from_bytes(job.root.read(path), path)
     except FileNotFoundError:
         return None
-    except OSError as error:
-        raise file_error(job.root / path, job.root, error, "cannot be read") from error
-    return Receipt.from_bytes(data, path)
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,7 +169,7 @@ def answer_again(job: Job, view: int, row: int) -> Again:
 
     The job's loader must know the cache's tombstones, as `Cache.loader` does: one of them may kill this process.
     """
-    work = _Shard(job, view, row // job.manifest.grid.shard_rows)
+    work = _Shard(job, view, job.addition.shard_of(row))
     size = job.micro_batch
     start = work.start + (row - work.start) // size * size
     stop = min(start + size, work.stop)
@@ -162,7 +177,7 @@ def answer_again(job: Job, view: int, row: int) -> Again:
     broken = {tombstone for tombstone, _ in work.tombstones}
     rows = [number for number in range(start, stop) if number not in broken]
     local = np.array(rows, np.int64) - work.start
-    groups = {field: job.manifest.field_group(field, view) for field in job.manifest.fields}
+    groups = {field: job.addition.field_group(field, view) for field in job.addition.fields}
     columns = {
         field: {name: values[local] for name, values in work.columns[group.path].items()}
         for field, group in groups.items()
@@ -180,16 +195,16 @@ class _Shard:
 
     def __init__(self, job: Job, view: int, shard: int) -> None:
         self.job, self.view, self.shard = job, view, shard
-        self.start, self.stop = job.manifest.grid.span(shard)
+        self.start, self.stop = job.addition.span(shard)
         rows = self.stop - self.start
         self.columns: dict[str, dict[str, NDArray[Any]]] = {
             group.path: {part.name: np.full((rows, *part.shape), part.fill, part.dtype) for part in group.parts}
-            for group in job.manifest.groups(view)
+            for group in job.addition.groups(view)
         }
         self.content = np.zeros(rows, np.uint64)
         self.tombstones: list[tuple[int, str]] = []
         self.labelled = self.correct = 0
-        self.exact: dict[str, list[Tensor]] = {field: [] for field in job.manifest.fields}
+        self.exact: dict[str, list[Tensor]] = {field: [] for field in job.addition.fields}
         self.sampled = self._sample_rows()
         self.measured: list[int] = []
 
@@ -211,35 +226,40 @@ class _Shard:
         views = self._views(decoded)
         outputs = self._ask(rows, views.pixels_BCHW)
         local = np.array(rows) - self.start
-        proof = self.columns[self.job.manifest.proof_group(self.view).path]
-        proof["digest"][local] = views.digests()
-        if "params" in proof:
-            proof["params"][local] = views.params_BP
+        if self.job.addition.extent.proof:
+            proof = self.columns[self.job.addition.proof_group(self.view).path]
+            proof["digest"][local] = views.digests()
+            if "params" in proof:
+                proof["params"][local] = views.params_BP
         keep = [place for place, row in enumerate(rows) if row in self.sampled]
         self.measured += [rows[place] for place in keep]
         for field, encoding in self.job.encodings.items():
             read = HEAD_INPUT if encoding.name == "feature_head" else field
             encoded = self._encode(field, encoding, rows, outputs[read])
-            columns = self.columns[self.job.manifest.field_group(field, self.view).path]
+            columns = self.columns[self.job.addition.field_group(field, self.view).path]
             for name, values in encoded.items():
                 columns[name][local] = values
             self.exact[field].append(outputs[field][keep].cpu())
         self._count_correct(rows, outputs)
 
     def _views(self, decoded: Decoded) -> Views:
-        opened, manifest = self.job.opened, self.job.manifest
+        addition, known, loader = self.job.addition, self.job.known, self.job.opened.loader
         rows = decoded.rows.tolist()
         try:
-            views = opened.loader.views(decoded, self.view, self.job.how)
+            if addition.extent.proof or known is None:
+                views = loader.views(decoded, self.view, self.job.how)
+            else:
+                views = loader.views_again(decoded, known.params(self.view, decoded.rows))
+                check(known, self.view, decoded.rows, views, "exact")
         except torch.OutOfMemoryError as error:
             raise _out_of_memory(self._name(rows), self.job.micro_batch, self.view, error) from error
         except (SpecError, RuntimeError, ValueError) as error:
             hint = "Correct the recipe so that it holds for every sample."
             raise BuildError(self._name(rows), f"cannot be rendered: {error}", self.view, hint) from error
-        if tuple(views.pixels_BCHW.shape[1:]) != manifest.view_shape:
+        if tuple(views.pixels_BCHW.shape[1:]) != addition.view_shape:
             hint = "Add `resize` and `center_crop`, so that all views have one size."
             found = tuple(views.pixels_BCHW.shape[1:])
-            raise BuildError(self._name(rows), f"must have views of {manifest.view_shape}", found, hint)
+            raise BuildError(self._name(rows), f"must have views of {addition.view_shape}", found, hint)
         return views
 
     def _ask(self, rows: list[int], pixels_BCHW: Tensor) -> dict[str, Tensor]:
@@ -254,7 +274,7 @@ class _Shard:
             # Whatever a user's model raises ends the build; it is named and chained, never swallowed.
             hint = "Correct the model, then run the same command again: it goes on."
             raise BuildError(self._name(rows), f"the teacher raised {error!r}", self.view, hint) from error
-        for field, shape in self.job.manifest.field_shapes.items():
+        for field, shape in self.job.addition.field_shapes.items():
             if tuple(outputs[field].shape) != (size, *shape):
                 rule = f"the teacher must answer {field} as {(size, *shape)}"
                 raise BuildError(self._name(rows), rule, tuple(outputs[field].shape), "Check the model.")
@@ -276,13 +296,14 @@ class _Shard:
     def _count_correct(self, rows: list[int], outputs: dict[str, Tensor]) -> None:
         labels = self.job.opened.source.labels
         # A mixed view has two labels: neither is the right answer.
-        if labels is None or "logits" not in outputs or self.job.opened.recipe.mixing is not None:
+        answers = next((outputs[field] for field in self.job.addition.fields if is_logits(field)), None)
+        if labels is None or answers is None or self.job.opened.recipe.mixing is not None:
             return
         # Nor has a sequence one answer for the row's label.
-        if outputs["logits"].ndim != 2:
+        if answers.ndim != 2:
             return
         self.labelled += len(rows)
-        self.correct += int((outputs["logits"].argmax(1).cpu().numpy() == labels[rows]).sum())
+        self.correct += int((answers.argmax(1).cpu().numpy() == labels[rows]).sum())
 
     def _name(self, rows: list[int]) -> str:
         keys = self.job.opened.source.keys
@@ -294,11 +315,18 @@ class _Shard:
         for field, encoding in self.job.encodings.items():
             if len(local) == 0:
                 continue
-            columns = self.columns[self.job.manifest.field_group(field, self.view).path]
+            columns = self.columns[self.job.addition.field_group(field, self.view).path]
             target = encoding.decode({name: values[local] for name, values in columns.items()})
-            measure = measure_logits if field == "logits" else measure_feature
+            measure = measure_logits if is_logits(field) else measure_feature
             found[field] = measure(torch.cat(self.exact[field]), target)
         return found
+
+    def _packed(self, files: list[FileRecord]) -> Iterator[tuple[str, bytes]]:
+        """Every file of the shard, one group in memory at a time; notes what is known of each."""
+        for group in self.job.addition.groups(self.view):
+            for record, data in self.job.store.pack(group, self.shard, self.columns[group.path]):
+                files.append(record)
+                yield record.path, data
 
     def commit(self, withdraw: bool = False) -> Receipt:
         """Writes every file of the shard, then its receipt.
@@ -307,17 +335,14 @@ class _Shard:
             withdraw: there is a receipt, of the shard as it was made with a row that kills in another view: it goes
                 before the files that it names change.
         """
-        job, files = self.job, []
+        job, files = self.job, list[FileRecord]()
         if job.hold is not None:
             job.hold.require(shard_claim(self.view, self.shard))
         if withdraw:
-            (job.root / receipt_path(self.view, self.shard)).unlink(missing_ok=True)
-        for group in job.manifest.groups(self.view):
-            for record, data in job.store.pack(group, self.shard, self.columns[group.path]):
-                write_atomic(job.root, record.path, data)
-                files.append(record)
+            job.root.remove(receipt_path(self.view, self.shard))
+        job.root.write_together(self._packed(files))
         receipt = Receipt(
-            identity=job.manifest.identity.whole,
+            identity=job.addition.identity.whole,
             view=self.view,
             shard=self.shard,
             files=tuple(files),
@@ -327,7 +352,7 @@ class _Shard:
             correct=self.correct,
             fidelity=self._fidelity(),
         )
-        write_atomic(job.root, receipt_path(self.view, self.shard), receipt.to_bytes())
+        job.root.write(receipt_path(self.view, self.shard), receipt.to_bytes())
         return receipt
 
 

@@ -7,6 +7,7 @@ value and the nearest known key. A spec is plain data: it travels to workers and
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -236,6 +237,19 @@ HEAD_INPUT = "logits:head"
 LOGITS_ONLY = ("top_k", "dense_u8", "dense_u4", "sampled_k", "nucleus", "feature_head", "auto")
 
 
+def base_of(field: str) -> str:
+    """A field without its label: `logits@small` is another encoding of `logits`."""
+    return field.partition("@")[0]
+
+
+def is_logits(field: str) -> bool:
+    """Whether a field holds logits, under a label or not."""
+    return base_of(field) == "logits"
+
+
+_LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+
+
 class FieldSpec(Strict):
     """One output of the teacher, and how it is kept."""
 
@@ -286,14 +300,19 @@ class TeacherSpec(Strict):
     @classmethod
     def _known_fields(cls, value: dict[str, FieldSpec]) -> dict[str, FieldSpec]:
         for name, field in value.items():
-            kind, _, node = name.partition(":")
-            if name != "logits" and not (kind in ("feature", "attention") and node):
+            base, at, label = name.partition("@")
+            kind, _, node = base.partition(":")
+            if base != "logits" and not (kind in ("feature", "attention") and node):
                 raise ValueError(f"field {name!r} is none of `logits`, `feature:<node>` and `attention:<node>`")
+            if at and not _LABEL.fullmatch(label):
+                raise ValueError(f"field {name!r} needs a label of letters, digits, `_`, `.` and `-` behind its @")
+            if at and field.encoding.kind in ("auto", "feature_head"):
+                raise ValueError(f"field {name!r} has a label: `{field.encoding.kind}` is for `logits` alone")
             if kind == "attention" and field.pool != "none":
                 raise ValueError(f"field {name!r} is a map already: leave out `pool`")
-            if name != "logits" and field.encoding.kind in LOGITS_ONLY:
+            if base != "logits" and field.encoding.kind in LOGITS_ONLY:
                 raise ValueError(f"`{field.encoding.kind}` keeps logits only, and {name!r} is a feature")
-            if name == "logits" and field.encoding.kind == "u8_channel":
+            if base == "logits" and field.encoding.kind == "u8_channel":
                 raise ValueError("`u8_channel` keeps features only: use dense_u8 for logits")
         return value
 

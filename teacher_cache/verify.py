@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
+from teacher_cache.addition import Addition
 from teacher_cache.errors import CacheError, CacheNotFoundError, CorruptionError, FormatError
 from teacher_cache.manifest import MANIFEST, Manifest, read_manifest
 from teacher_cache.problem import Problem, problem_of
 from teacher_cache.reader import Cache
-from teacher_cache.receipts import ANOTHERS, read_receipt, receipt_names
+from teacher_cache.receipts import ANOTHERS, receipt_names
 from teacher_cache.spec import SourceSpec
+from teacher_cache.storage.root import Root, open_root
 from teacher_cache.verify_bytes import Damage, find_damage
 from teacher_cache.verify_recompute import recompute as ask_again
 from teacher_cache.verify_structure import structure
@@ -66,14 +67,16 @@ def verify(
     Raises:
         CacheNotFoundError: there is no cache to check.
     """
-    root = Path(path)
+    root = open_root(path)
     try:
         cache = Cache(root, source)
     except CacheNotFoundError:
         raise
     except CacheError as error:
-        return VerifyReport(str(root), 0, 0, 0, 0, tuple(_unopened(root, error)))
-    problems = [*structure(cache), *damage_problems(cache, find_damage(cache))]
+        return VerifyReport(root.url, 0, 0, 0, 0, tuple(_unopened(root, error)))
+    damage = find_damage(cache)
+    problems = list(structure(cache)) if not damage.tables and not damage.receipts else []
+    problems += damage_problems(cache, damage)
     seen = asked = 0
     notes: tuple[str, ...] = ()
     if not problems and views:
@@ -81,71 +84,63 @@ def verify(
         seen, notes = report.checked, report.notes
         problems += map(problem_of, report.problems)
     if not problems and recompute:
-        answers = ask_again(cache, _sample(cache, recompute, 2))
+        answers = ask_again(cache, sampled_rows(cache, recompute))
         asked, notes = answers.rows, (*notes, *answers.notes)
         problems += answers.problems
-    records = [record for files in cache.files.values() for record in files.values()]
-    size = sum(record.size for record in records)
-    return VerifyReport(str(root), len(records), size, seen, asked, tuple(problems), notes)
+    return VerifyReport(root.url, damage.files, damage.bytes, seen, asked, tuple(problems), notes)
 
 
-def _unopened(root: Path, error: CacheError) -> Iterator[Problem]:
-    """Why a cache cannot be opened: of receipts all that are bad, not the first alone."""
+def _unopened(root: Root, error: CacheError) -> Iterator[Problem]:
+    """Why a cache cannot be opened."""
     try:
         manifest = read_manifest(root)
     except CacheError:
         place = MANIFEST if isinstance(error, FormatError) else error.field
         yield replace(problem_of(error), place=place)
         return
-    bad = bad_receipts(root, manifest)
-    if is_anothers(root, manifest, bad):
-        what = "is not the manifest of what is beside it, which belongs to another cache"
-        yield Problem(MANIFEST, what, "Restore it from a copy of this cache.")
-    if not any(problem.field == error.field for problem in bad):
-        yield problem_of(error)
-    for problem in bad:
-        yield problem_of(problem, f"Run: teacher-cache repair {root}")
+    if is_anothers(root, manifest, []):
+        yield _ANOTHERS
+    yield problem_of(error)
 
 
-def is_anothers(root: Path, manifest: Manifest, bad: list[CacheError]) -> bool:
+_ANOTHERS = Problem(
+    MANIFEST,
+    "is not the manifest of what is beside it, which belongs to another cache",
+    "Restore it from a copy of this cache.",
+)
+
+
+def is_anothers(root: Root, manifest: Manifest, bad: Sequence[CacheError]) -> bool:
     """Whether it is rather the manifest that is in the wrong place than all that is beside it.
 
     Args:
         root: the cache.
         manifest: its manifest.
-        bad: what `bad_receipts` gives.
+        bad: receipts that cannot be trusted.
     """
     foreign = [error for error in bad if isinstance(error, CorruptionError) and error.rule == ANOTHERS]
     if foreign and len(foreign) == len(receipt_names(root)):
         return True
-    gone = [table for table in manifest.tables if not os.path.lexists(root / table.path)]
-    return any(any(root.glob(f"{table.path.split('-')[0]}-*.parquet")) for table in gone)
-
-
-def bad_receipts(root: Path, manifest: Manifest) -> list[CacheError]:
-    """The receipts of a cache that is being built which cannot be trusted; none of one that is sealed."""
-    bad: list[CacheError] = []
-    for name in receipt_names(root) if manifest.state == "building" else ():
-        try:
-            read_receipt(root, f"receipts/{name}", manifest)
-        except CacheError as error:
-            bad.append(error)
-    return bad
+    gone = [table.path for table in manifest.tables if not root.exists(table.path)]
+    return any(next(root.names(f"{path.split('-')[0]}-"), None) is not None for path in gone)
 
 
 def damage_problems(cache: Cache, damage: Damage) -> Iterator[Problem]:
     """What is said of damage, and what to do about it."""
     root = cache.path
-    building = cache.manifest.state == "building"
-    for view, shard in damage.holes:
+    if is_anothers(cache.root, cache.manifest, damage.receipts):
+        yield _ANOTHERS
+    open_one = len(cache.indices) - 1 if cache.manifest.state == "building" else -1
+    for place in damage.holes:
         todo = "Finish the build: teacher-cache build CONFIG."
-        if not building:
+        if place.addition != open_one:
             todo = f"It was sealed without it: restore {MANIFEST} and its tables from a copy, or build it again."
-        yield Problem(f"view {view}, shard {shard}", "is not committed", todo)
-    for view, shard in damage.foreign:
+        yield Problem(str(place), "is not committed", todo)
+    for place in damage.foreign:
         todo = f"Restore {MANIFEST} and its tables from a copy, or build it again."
-        yield Problem(f"view {view}, shard {shard}", "its receipt names other files", todo)
+        yield Problem(str(place), "its receipt names other files", todo)
     again = f"Run: teacher-cache repair {root}"
+    yield from (problem_of(error, again) for error in damage.receipts)
     for errors in damage.shards.values():
         yield from (problem_of(error, again) for error in errors)
     yield from (Problem(name, "is missing or altered", again) for name in damage.metadata)
@@ -155,13 +150,48 @@ def damage_problems(cache: Cache, damage: Damage) -> Iterator[Problem]:
 
 
 def _all(cache: Cache) -> dict[int, list[int]]:
-    alive = np.flatnonzero(cache.alive).tolist()
-    return dict.fromkeys(range(cache.views), alive)
+    """Every row that is alive of each view that is there."""
+    found: dict[int, list[int]] = {}
+    for addition in cache.manifest.additions:
+        if addition.extent.proof:
+            rows = (np.flatnonzero(cache.alive[slice(*_rows(addition))]) + addition.extent.first_row).tolist()
+            for view in addition.view_numbers:
+                found.setdefault(view, []).extend(rows)
+    return dict(sorted(found.items()))
+
+
+def _rows(addition: Addition) -> tuple[int, int]:
+    return addition.extent.first_row, addition.extent.stop_row
 
 
 def _sample(cache: Cache, count: int, salt: int) -> dict[int, list[int]]:
     """`count` seeded (view, row) pairs among the rows that are alive, grouped by view."""
-    alive = np.flatnonzero(cache.alive)
+    pairs: dict[int, list[int]] = {}
+    for index, number in _share(cache, count, [item.extent.proof for item in cache.manifest.additions]):
+        for view, rows in _pairs(cache, cache.manifest.additions[index], number, salt).items():
+            pairs.setdefault(view, []).extend(rows)
+    return dict(sorted(pairs.items()))
+
+
+def sampled_rows(cache: Cache, count: int) -> dict[int, dict[int, list[int]]]:
+    """`count` seeded (view, row) pairs, by the place of the addition that answered them."""
+    additions = cache.manifest.additions
+    return {i: _pairs(cache, additions[i], n, 2) for i, n in _share(cache, count, [True] * len(additions))}
+
+
+def _share(cache: Cache, count: int, wanted: list[bool]) -> Iterator[tuple[int, int]]:
+    """How many of `count` each addition gets: as many as it has answers, and one at least."""
+    sizes = [item.rows * item.extent.views * want for item, want in zip(cache.manifest.additions, wanted, strict=True)]
+    for place, size in enumerate(sizes):
+        if size:
+            yield place, max(1, round(count * size / sum(sizes)))
+
+
+def _pairs(cache: Cache, addition: Addition, count: int, salt: int) -> dict[int, list[int]]:
+    alive = np.flatnonzero(cache.alive[slice(*_rows(addition))]) + addition.extent.first_row
+    if not len(alive):
+        return {}
     words = view_words(np.arange(count, dtype=np.uint64), salt, 0, 1, 0)
-    view_of, row_of = below(words[:, 0], cache.views), alive[below(words[:, 1], len(alive))]
+    view_of = below(words[:, 0], addition.extent.views) + addition.extent.first_view
+    row_of = alive[below(words[:, 1], len(alive))]
     return {view: np.unique(row_of[view_of == view]).tolist() for view in np.unique(view_of).tolist()}

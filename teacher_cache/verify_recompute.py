@@ -10,12 +10,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from teacher_cache.addition import Addition
 from teacher_cache.agreement import NOISE, disagreement
 from teacher_cache.errors import MismatchError, TeacherCacheError
 from teacher_cache.plan import Opened
 from teacher_cache.problem import Problem, problem_of
 from teacher_cache.reader import Cache
-from teacher_cache.shard_job import Again, Job, answer_again, open_job
+from teacher_cache.shard_job import Again, Job, answer_again, job_of
+from teacher_cache.spec import is_logits
 from teacher_cache.teachers import load_teacher, resolve_device
 
 
@@ -41,8 +43,8 @@ class Recomputed:
         )
 
 
-def open_again(cache: Cache) -> Opened:
-    """The parts of the build, opened again, each of them the cache's own.
+def open_again(cache: Cache, addition: Addition) -> Opened:
+    """The parts of an addition's build, opened again, each of them the cache's own.
 
     What the loader reads is compared with what the teacher saw, and the cache's tombstones stay tombstones.
 
@@ -50,33 +52,39 @@ def open_again(cache: Cache) -> Opened:
         MismatchError: source, recipe or teacher is another one now.
         RequestError: one of them cannot be opened.
     """
-    spec = cache.spec
+    spec = cache.spec_of(addition)
     teacher = load_teacher(spec.teacher, cache.recipe.normalize, resolve_device(spec.compute.device))
-    if teacher.fingerprint != cache.manifest.identity.teacher:
+    if teacher.fingerprint != addition.identity.teacher:
         rule = "must be the one that made this cache"
         raise MismatchError("teacher", rule, teacher.fingerprint, "Point it at the same weights.")
     return Opened(spec, cache.source, cache.key_digests, cache.recipe, teacher, cache.loader)
 
 
-def recompute(cache: Cache, sample: dict[int, list[int]]) -> Recomputed:
-    """Asks the teacher again.
+def recompute(cache: Cache, sample: dict[int, dict[int, list[int]]]) -> Recomputed:
+    """Asks the teachers again.
 
     Args:
         cache: an open cache.
-        sample: for each view, row numbers that are alive.
+        sample: by the place of an addition, for each view row numbers that are alive.
     """
     done = Recomputed()
     threads = torch.get_num_threads()
-    torch.set_num_threads(cache.spec.compute.threads)
     try:
-        job = open_job(cache.path, cache.manifest, open_again(cache))
-        for view, rows in sample.items():
-            _recompute_view(cache, job, view, rows, done)
+        for place, views in sample.items():
+            job = job_again(cache, cache.manifest.additions[place])
+            for view, rows in views.items():
+                _recompute_view(cache, job, view, rows, done)
     except TeacherCacheError as error:
         done.problems.append(problem_of(error))
     finally:
         torch.set_num_threads(threads)
     return done
+
+
+def job_again(cache: Cache, addition: Addition) -> Job:
+    """A job that computes what an addition holds; sets this process's threads, which can change a logit's last bit."""
+    torch.set_num_threads(cache.spec_of(addition).compute.threads)
+    return job_of(cache.root, addition, open_again(cache, addition), known=cache)
 
 
 def _recompute_view(cache: Cache, job: Job, view: int, sampled: list[int], done: Recomputed) -> None:
@@ -101,7 +109,10 @@ def _compare(cache: Cache, job: Job, view: int, again: Again, wanted: list[int],
     rows = [again.rows[place] for place in wanted]
     same = np.ones(len(rows), np.bool_)
     for name, columns in again.columns.items():
-        stored, fresh = cache.columns(name, view, rows), {part: values[wanted] for part, values in columns.items()}
+        stored, fresh = (
+            cache.columns(f"{job.addition.teacher}/{name}", view, rows),
+            {part: values[wanted] for part, values in columns.items()},
+        )
         equal = _equal_rows(stored, fresh)
         same &= equal
         if not equal.all():
@@ -127,14 +138,14 @@ def _differences(
     stored: dict[str, NDArray[Any]],
     fresh: dict[str, NDArray[Any]],
 ) -> Iterator[Problem]:
-    encoding, noise = job.encodings[name], NOISE[cache.spec.teacher.precision]
-    found = disagreement(encoding.decode(stored), encoding.decode(fresh), encoding, noise, name == "logits")
+    encoding, noise = job.encodings[name], NOISE[cache.spec_of(job.addition).teacher.precision]
+    found = disagreement(encoding.decode(stored), encoding.decode(fresh), encoding, noise, is_logits(name))
     worst_B = found.reshape(len(rows), -1).amax(1)
     # NaN is no agreement.
     wrong = (~(worst_B <= 1)).nonzero().flatten().tolist()
     if wrong:
         most = max(wrong, key=lambda place: float(worst_B[place].nan_to_num(nan=torch.inf)))
-        keys = f"{cache.samples.keys[rows[most]]}" + (f" and {len(wrong) - 1} more" if len(wrong) > 1 else "")
+        keys = cache.samples.key(rows[most]) + (f" and {len(wrong) - 1} more" if len(wrong) > 1 else "")
         what = (
             f"the teacher answers otherwise now: {float(worst_B[most]):.3g} times as far from what is stored as "
             f"{encoding.name} and rounding account for"

@@ -73,7 +73,7 @@ def _verify(cache: Cache, view: int, rows: NDArray[np.int64]) -> int:
 
 
 def _notes(cache: Cache, checked: int, redrawn: int, differ: bool) -> Iterator[str]:
-    then, now = cache.manifest.versions, library_versions()
+    then, now = cache.manifest.first.versions, library_versions()
     changed = [f"{name} {then.get(name)} → {now[name]}" for name in now if then.get(name) != now[name]]
     if differ or not checked:
         return

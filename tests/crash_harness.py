@@ -35,6 +35,7 @@ from toy_models import image_name  # noqa: E402
 
 import teacher_cache as tc  # noqa: E402
 from teacher_cache.build import Executor  # noqa: E402
+from teacher_cache.receipts import receipt_of  # noqa: E402
 from teacher_cache.spec import BuildSpec  # noqa: E402
 
 Target = Literal["driver", "actor", "all"]
@@ -90,7 +91,7 @@ class Reference:
         self.measure("serial")
         self.tree = tree(folder / "serial")
         cache = tc.open(folder / "serial")
-        spans = [range(*cache.manifest.grid.span(shard)) for shard in range(cache.manifest.grid.shards)]
+        spans = [range(*cache.manifest.first.grid.span(shard)) for shard in range(cache.manifest.first.grid.shards)]
         self.committed = {(view, shard) for view in range(cache.views) for shard in range(len(spans))}
         pixels = [cache.render(view, range(len(cache))) for view in range(cache.views)]
         self.exact = folder / "exact.npz"
@@ -145,11 +146,11 @@ class Case:
 
     def committed(self) -> set[Place]:
         """What is committed now, by the names of the receipts; everything once the cache is sealed."""
-        found = {path.stem for path in self.root.glob("receipts/*.json")}
+        found = {receipt_of(path.relative_to(self.root).as_posix()) for path in self.root.glob("receipts/*/*.json")}
         manifest = self.root / "manifest.json"
         if manifest.exists() and b'"sealed"' in manifest.read_bytes():
             return self.reference.committed
-        return {(int(name[1:5]), int(name[7:])) for name in found}
+        return {place for place in found if place is not None}
 
     def run(self, kills: int, overlap: bool = True) -> Outcome:
         """Kills so many runs, lets the last one end, and checks everything."""

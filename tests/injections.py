@@ -16,6 +16,7 @@ import numpy as np
 
 import teacher_cache as tc
 from teacher_cache.errors import CacheError, CacheNotFoundError
+from teacher_cache.receipts import receipt_of
 
 
 @dataclass(frozen=True)
@@ -259,9 +260,8 @@ def _weights(names: list[str]) -> Any:
 def named(name: str) -> set[str]:
     """The places under which a report may speak of a file."""
     places = {name}
-    if name.startswith("receipts/v"):
-        view, shard = name.removeprefix("receipts/v").removesuffix(".json").split("-s")
-        places.add(f"view {int(view)}, shard {int(shard)}")
+    if receipt := receipt_of(name):
+        places.add(f"view {receipt[0]}, shard {receipt[1]}")
     return places
 
 
@@ -281,12 +281,12 @@ def rows_of(cache: tc.Cache, alive: Any = None) -> Rows:
         cache: an open cache.
         alive: which rows to read, [N]; those that the cache calls alive where not given.
     """
-    found: Rows = {("keys",): cache.samples.keys, ("alive",): cache.alive if alive is None else alive}
-    alive, labels = found["alive",], cache.labels
+    found: Rows = {("keys",): _or_error(lambda: list(cache.samples.keys))}
+    found["alive",] = alive = cache.alive if alive is None else alive
     dead = np.flatnonzero(~alive)
     found["dead",] = [_bytes(lambda: cache.columns("logits", 0, [row])) for row in dead]  # noqa: B023
-    found["labels",] = None if labels is None else labels.tolist()
-    grid = cache.manifest.grid
+    found["labels",] = _or_error(lambda: None if cache.labels is None else cache.labels.tolist())
+    grid = cache.manifest.first.grid
     for view in range(cache.views):
         for shard in range(grid.shards):
             rows = np.flatnonzero(alive)
@@ -298,11 +298,15 @@ def rows_of(cache: tc.Cache, alive: Any = None) -> Rows:
     return found
 
 
-def _bytes(read: Callable[[], dict[str, Any]]) -> Any:
+def _or_error(read: Callable[[], Any]) -> Any:
     try:
-        return {part: values.tobytes() for part, values in read().items()}
+        return read()
     except CacheError as error:
         return type(error)
+
+
+def _bytes(read: Callable[[], dict[str, Any]]) -> Any:
+    return _or_error(lambda: {part: values.tobytes() for part, values in read().items()})
 
 
 def missed(injection: Injection, root: Path, sound: Rows, before: set[str]) -> str | None:

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from toy_builds import ROWS, expected_logits, numpy_source, toy_spec, tree, write_arrays
+from toy_builds import ROWS, addition_of, committed, expected_logits, numpy_source, toy_spec, tree, write_arrays
 from toy_models import POISON
 
 import teacher_cache as tc
@@ -33,7 +33,6 @@ from teacher_cache.errors import (
     TeacherError,
     TombstoneError,
 )
-from teacher_cache.manifest import read_manifest
 from teacher_cache.receipts import receipt_path
 from teacher_cache.spec import BuildSpec, FidelitySpec, parse
 
@@ -169,7 +168,7 @@ class TestResume:
         )
         assert killed.returncode == -signal.SIGKILL, killed.stderr
         cache = tc.open(spec.cache)
-        assert sorted(cache.files) == [(0, 0), (0, 1)]
+        assert sorted(committed(cache)) == [(0, 0), (0, 1)]
         assert not cache.complete
         cache.read("logits", 0, range(16))
         with pytest.raises(HoleError, match=r"view 0.*rows 16\.\.23"):
@@ -214,7 +213,7 @@ class TestResume:
     def test_ctrl_c_between_shards(self, arrays: Path, tmp_path: Path) -> None:
         spec = toy_spec(tmp_path / "cache", arrays)
         build_some(spec, 3)
-        assert len(tc.open(spec.cache).files) == 3
+        assert len(committed(tc.open(spec.cache))) == 3
         assert serial(spec).shards_built == 5
         assert tc.verify(spec.cache).ok
 
@@ -297,14 +296,16 @@ class TestMismatch:
         ("field", "changes"),
         [
             ("recipe", {"views__seed": 12}),
-            ("recipe", {"views__count": 3}),
             ("recipe", {"views__recipe": [{"horizontal_flip": {}}]}),
             ("teacher", {"teacher__arguments": {"scale": 2.0}}),
             ("teacher", {"teacher__model": "toy_models:KillsItself"}),
             ("teacher", {"teacher__normalize": {"mean": [0.0], "std": [1.0]}}),
             ("teacher", {"teacher__precision": "bf16"}),
             ("teacher", {"teacher__class_names": [f"class {number}" for number in range(10)]}),
-            ("encoding", {"teacher__fields": {"logits": {"encoding": "dense_f16"}, "feature:stem": {"pool": "mean"}}}),
+            (
+                "teacher.fields.logits",
+                {"teacher__fields": {"logits": {"encoding": "dense_f16"}, "feature:stem": {"pool": "mean"}}},
+            ),
             ("store", {"store__kind": "parquet"}),
             ("store", {"store__shard_rows": 16}),
             ("numerics", {"teacher__micro_batch": 8}),
@@ -405,7 +406,7 @@ class TestFailures:
 
     def _two_shards_stay(self, spec: BuildSpec) -> None:
         cache = tc.open(spec.cache)
-        assert sorted(cache.files) == [(0, 0), (0, 1)]
+        assert sorted(committed(cache)) == [(0, 0), (0, 1)]
         cache.read("logits", 0, range(16))
         assert not list(Path(spec.cache).rglob("*.tmp"))
 
@@ -493,7 +494,7 @@ class TestFailures:
             spec = toy_spec(tmp_path / kind, arrays, teacher__fields=fields, store={"kind": kind})
             serial(spec)
             cache = tc.open(tmp_path / kind)
-            assert cache.manifest.field_shapes["attention:stem"] == (8, 8)
+            assert cache.manifest.first.field_shapes["attention:stem"] == (8, 8)
             pixels = cache.render(1, [3, 9]).float()
             read = cache.read("attention:stem", 1, [3, 9])
             assert isinstance(read, tc.DenseTarget)
@@ -511,10 +512,10 @@ class TestFailures:
             BuildError, match=r"fidelity\.max_kl: logits: mean KL.*at most 0\.0001.*over 54 rows.*top_k"
         ):
             serial(spec)
-        assert read_manifest(tmp_path / "cache").state == "building"
+        assert addition_of(tmp_path / "cache").state == "building"
         wider = toy_spec(tmp_path / "cache", arrays, teacher__fields=fields, fidelity={"max_kl": 5.0})
         assert serial(wider).shards_built == 0
-        assert read_manifest(tmp_path / "cache").state == "sealed"
+        assert addition_of(tmp_path / "cache").state == "sealed"
         found = tc.open(tmp_path / "cache").totals.fidelity["logits"]
         worst = max(found[f"kl_t{temperature}"] for temperature in (1, 2, 4))
         for factor in (0.99, 1.01):
@@ -599,7 +600,7 @@ class TestFailures:
             patch.setattr(os, "fsync", full)
             with pytest.raises(BuildError, match="No space left on device"):
                 serial(spec)
-        assert len(tc.open(spec.cache).files) == 3
+        assert len(committed(tc.open(spec.cache))) == 3
         serial(spec)
         serial(toy_spec(tmp_path / "whole", arrays))
         assert tree(tmp_path / "cache") == tree(tmp_path / "whole")
@@ -624,7 +625,7 @@ def test_the_api_key_is_never_stored(arrays: Path, tmp_path: Path) -> None:
     serial(toy_spec(tmp_path / "cache", arrays, teacher__api_key="hunter2-secret"))
     for path in (tmp_path / "cache").rglob("*"):
         assert path.is_dir() or b"hunter2-secret" not in path.read_bytes()
-    assert read_manifest(tmp_path / "cache").state == "sealed"
+    assert addition_of(tmp_path / "cache").state == "sealed"
 
 
 def test_other_libraries_do_not_go_on_with_a_build(

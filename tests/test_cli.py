@@ -64,7 +64,7 @@ def test_plan_build_status_verify_describe_export(run: Run, config: Path, tmp_pa
     code, out, _ = run("teacher-cache", "verify", cache, "--views", "20", "--recompute", "8", "--json")
     assert (code, json.loads(out)["ok"]) == (0, True)
     code, out, _ = run("teacher-cache", "describe", cache, "--json")
-    assert json.loads(out)["field_shapes"] == {"feature:stem": [1], "logits": [10]}
+    assert json.loads(out)["additions"][0]["field_shapes"] == {"feature:stem": [1], "logits": [10]}
     for command in ("describe", "verify", "status"):
         assert "cache" in run("teacher-cache", command, cache)[1]
 
@@ -116,12 +116,16 @@ def test_a_cache_of_something_else_ends_with_1_and_stays(run: Run, config: Path,
         ("teacher.arguments={scale: 2.0}", "teacher"),
         ("views.seed=12", "recipe"),
         ("store.shard_rows=16", "store"),
-        ("teacher.fields={logits: {encoding: dense_f16}}", "teacher"),
-        ("source.take={count: 20}", "source"),
         ("teacher.micro_batch=8", "numerics"),
     ]:
         code, _, err = run("teacher-cache", "build", config, "--executor", "serial", "--set", override)
         assert (code, f"error: {part}: must have the cache's fingerprint" in err) == (1, True), (override, err)
+    for override, message in [
+        ("teacher.fields={logits: {encoding: dense_f16}}", "teacher.fields.logits: must be kept as the cache keeps it"),
+        ("source.take={count: 20}", "source: must begin with the 27 samples of the cache"),
+    ]:
+        code, _, err = run("teacher-cache", "build", config, "--executor", "serial", "--set", override)
+        assert (code, message in err) == (1, True), (override, err)
     assert tree(tmp_path / "cache") == before
 
 

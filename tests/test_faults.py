@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 import yaml
-from toy_builds import numpy_source, toy_spec, tree
+from toy_builds import committed, numpy_source, toy_spec, tree
 
 import teacher_cache as tc
 from teacher_cache.build import build
@@ -28,6 +28,7 @@ from teacher_cache.errors import BuildError, CacheNotFoundError
 from teacher_cache.lease import at_work
 from teacher_cache.spec import BuildSpec
 from teacher_cache.storage.files import is_temporary
+from teacher_cache.storage.local_root import LocalRoot
 
 WRITES = ("replace", "unlink", "mkdir", "rmdir", "hardlink_to", "write_bytes")
 READS = ("read_bytes", "stat", "glob", "rglob", "iterdir")
@@ -121,11 +122,11 @@ def shown(root: Path, whole: dict[str, str]) -> int:
         cache = tc.open(root)
     except CacheNotFoundError:
         return 0
-    for view, shard in cache.files:
-        cache.read("logits", view, range(*cache.manifest.grid.span(shard)))
+    for view, shard in committed(cache):
+        cache.read("logits", view, range(*cache.manifest.first.grid.span(shard)))
     found = tree(root)
-    assert all(found[path] == whole[path] for files in cache.files.values() for path in files)
-    return len(cache.files)
+    assert all(found[path] == whole[path] for files in committed(cache).values() for path in files)
+    return len(committed(cache))
 
 
 @dataclass
@@ -217,7 +218,7 @@ class TestEveryOperation:
             if times == 1 and failed.root.exists():
                 left = [path.name for path in failed.root.rglob("*") if is_temporary(path)]
                 assert not left, failed.place
-                assert at_work(failed.root) == []
+                assert at_work(LocalRoot(failed.root)) == []
                 assert not [*failed.root.glob("builders/*"), *failed.root.glob("claims/*")], failed.place
 
 
@@ -363,11 +364,11 @@ class TestSignals:
             start_new_session=True,
         )
         end = time.monotonic() + 60
-        while not list((tmp_path / "cache").glob("receipts/*.json")):
+        while not list((tmp_path / "cache").glob("receipts/*/*.json")):
             assert process.poll() is None, process.communicate()
             assert time.monotonic() < end
             time.sleep(0.05)
-        assert [builder.pid for builder in at_work(tmp_path / "cache")] == [process.pid]
+        assert [builder.pid for builder in at_work(LocalRoot(tmp_path / "cache"))] == [process.pid]
         os.killpg(process.pid, number)
         out, err = process.communicate(timeout=60)
         assert process.returncode == 128 + number, (out, err)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from starlette.types import Receive, Scope, Send
+from toy_builds import addition_of
 from toy_service_models import (
     ToyTeacher,
     colour_spec,
@@ -30,7 +31,6 @@ from services.settings import Settings
 from services.teachers import open_served
 from services.wire import pack_tensors
 from teacher_cache.errors import ServiceError, TeacherCacheError, TeacherError
-from teacher_cache.manifest import read_manifest
 from teacher_cache.spec import NormalizeSpec, TeacherSpec
 from teacher_cache.teachers import load_teacher
 
@@ -78,7 +78,7 @@ def test_a_cache_built_through_http_is_the_local_one_byte_for_byte(folder: Path,
     assert any("relu" in name for name in theirs)
     assert any("logits" in name for name in theirs)
     assert ours == theirs
-    manifests = [read_manifest(folder / name) for name in ("http", "local")]
+    manifests = [addition_of(folder / name) for name in ("http", "local")]
     assert manifests[0].identity == manifests[1].identity
     assert manifests[0].totals == manifests[1].totals
     stored = json.loads((folder / "http" / "manifest.json").read_text())

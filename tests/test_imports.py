@@ -21,6 +21,9 @@ OWNERS = {
     "httpx": ["services/"],
     "zarr": ["teacher_cache/storage/zarr_"],
     "pyarrow": ["teacher_cache/storage/parquet_", "teacher_cache/sources/parquet"],
+    "fsspec": ["teacher_cache/storage/remote_"],
+    "s3fs": ["teacher_cache/storage/remote_"],
+    "botocore": ["teacher_cache/storage/remote_"],
     "sklearn": ["teacher_cache/sources/digits"],
     "timm": ["teacher_cache/teachers/", "student_train/students/"],
 }
@@ -29,8 +32,8 @@ OWNERS = {
 LEVELS = [
     {"errors", "imports", "fingerprint", "signed", "spec"},
     {"sources", "views", "teachers", "encodings", "storage"},
-    {"manifest", "builder", "lease"},
-    {"receipts", "poison"},
+    {"addition", "manifest", "builder", "lease", "tables"},
+    {"receipts", "poison", "extents", "index"},
     {"samples", "loader", "calibrate", "choice", "probe"},
     {"plan", "begin", "shard_job", "claims", "seal", "proof", "cached_views", "reader"},
     {"precompute", "build", "build_report", "agreement", "problem", "verify", "repair", "cost", "report"},

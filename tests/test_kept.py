@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from toy_builds import toy_spec, tree
+from toy_builds import addition_of, toy_spec, tree
 from typer.testing import CliRunner
 
 import teacher_cache as tc
@@ -16,7 +16,6 @@ from student_train import KD, Objective, ViewStream
 from teacher_cache.cli import app
 from teacher_cache.encodings import DenseTarget, SparseTarget
 from teacher_cache.errors import CorruptionError, SpecError, TeacherError
-from teacher_cache.manifest import read_manifest
 from teacher_cache.report import write_report
 from teacher_cache.spec import TeacherSpec, parse
 
@@ -98,7 +97,7 @@ class TestConstants:
         data[len(data) // 2] ^= 1
         path.write_bytes(bytes(data))
         with pytest.raises(CorruptionError, match="constants"):
-            tc.open(tmp_path / "cache")
+            tc.open(tmp_path / "cache").read("logits", 0, [1])
         path.unlink()
         assert any("constants" in problem.place for problem in tc.verify(tmp_path / "cache").problems)
 
@@ -115,7 +114,7 @@ class TestConstants:
             spec = spec_of(tmp_path / name, arrays, LOGITS["top_k prior"])
             views = spec.views.model_copy(update={"seed": seed})
             tc.build(spec.model_copy(update={"views": views}), executor="serial")
-        first, second = (read_manifest(tmp_path / name).identity.encoding for name in ("a", "b"))
+        first, second = (addition_of(tmp_path / name).identity.encoding for name in ("a", "b"))
         assert first != second
 
 
@@ -127,7 +126,7 @@ class TestHead:
         tc.build(spec_of(tmp_path / "cache", arrays, LOGITS["feature_head"]), executor="serial")
         tc.build(spec_of(tmp_path / "exact", arrays, LOGITS["dense_f32"]), executor="serial")
         cache, exact = tc.open(tmp_path / "cache"), tc.open(tmp_path / "exact")
-        encoding = cache.manifest.fields["logits"].fixed
+        encoding = cache.manifest.first.fields["logits"].fixed
         assert encoding.model_dump() == {"kind": "feature_head", "head": "head", "width": 64}
         rows = range(len(cache))
         target, wanted = cache.read("logits", 1, rows), exact.read("logits", 1, rows)
@@ -181,7 +180,7 @@ class TestFeatures:
         assert report.fidelity["attention:conv"]["relative_squared_error"] < 1e-3
         cache = tc.open(tmp_path / "cache")
         shape = (4,) if pool == "mean" else (4, 8, 8)
-        assert cache.manifest.field_shapes["feature:conv"] == shape
+        assert cache.manifest.first.field_shapes["feature:conv"] == shape
         assert cache.columns("feature:conv", 0, [0])["values"].shape == (1, *shape)
         assert cache.read("attention:conv", 0, [3, 1]).dense().values.shape == (2, 8, 8)  # type: ignore[union-attr]
         assert tc.verify(tmp_path / "cache", recompute=10).ok
@@ -202,7 +201,7 @@ def test_many_classes_are_not_kept_whole_by_default(arrays: Path, tmp_path: Path
             teacher__arguments={"classes": classes},
         )
         tc.build(spec, executor="serial")
-        manifest = read_manifest(tmp_path / str(classes))
+        manifest = addition_of(tmp_path / str(classes))
         assert (manifest.calibration is None) == dense
         assert (manifest.fields["logits"].fixed.kind == "dense_f16") == dense
         if not dense:

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import yaml
-from toy_builds import toy_spec, tree
+from toy_builds import addition_of, committed, toy_spec, tree
 
 import teacher_cache as tc
 from teacher_cache import cli, lease
@@ -29,12 +29,13 @@ from teacher_cache.errors import BuildError, MismatchError
 from teacher_cache.fingerprint import bytes_digest
 from teacher_cache.lease import LEAD, Lease, at_work, claims
 from teacher_cache.manifest import read_manifest
-from teacher_cache.receipts import read_receipts
+from teacher_cache.receipts import committed_shards
 from teacher_cache.seal import seal
 from teacher_cache.shard_job import _Shard
 from teacher_cache.signed import signed
 from teacher_cache.spec import BuildSpec
 from teacher_cache.storage import Group
+from teacher_cache.storage.local_root import LocalRoot
 
 Progress = Callable[[int, int, int], None]
 
@@ -125,12 +126,12 @@ class TestClaims:
             for _ in range(gone):
                 usurp(tmp_path, LEAD, seconds=-1)
             with contextlib.ExitStack() as stack:
-                leases = [stack.enter_context(Lease(tmp_path)) for _ in range(6)]
+                leases = [stack.enter_context(Lease(LocalRoot(tmp_path))) for _ in range(6)]
                 answers = in_threads(*(lambda one=one: one.claim(LEAD) for one in leases))
                 winners = [one for one, answer in zip(leases, answers, strict=True) if answer is None]
                 assert len(winners) == 1
                 assert {a.id for a in answers if isinstance(a, Builder)} == {winners[0].me.id}
-                assert claims(tmp_path)[LEAD].id == winners[0].me.id
+                assert claims(LocalRoot(tmp_path))[LEAD].id == winners[0].me.id
                 winners[0].require()
             assert not (tmp_path / "claims").exists()
             for path in (tmp_path / "builders").glob("*"):
@@ -150,7 +151,7 @@ class TestClaims:
                     one.release(name)
 
         with contextlib.ExitStack() as stack:
-            leases = [stack.enter_context(Lease(tmp_path)) for _ in range(4)]
+            leases = [stack.enter_context(Lease(LocalRoot(tmp_path))) for _ in range(4)]
             assert in_threads(*(lambda one=one: work(one) for one in leases)) == [None] * 4
         assert list(tmp_path.iterdir()) == []
 
@@ -167,10 +168,10 @@ class TestClaims:
         assert not replace(here, pid=os.getppid(), born=_born_of(os.getppid())).alive
         assert not replace(here, pid=os.getppid(), born="1", **later).alive
         assert not replace(here, **later).alive
-        with Lease(tmp_path) as ours:
-            assert [one.id for one in at_work(tmp_path) if one.host != "elsewhere"] == [ours.me.id]
+        with Lease(LocalRoot(tmp_path)) as ours:
+            assert [one.id for one in at_work(LocalRoot(tmp_path)) if one.host != "elsewhere"] == [ours.me.id]
             os.utime(tmp_path / f"builders/{ours.me.id}.json", (0, 0))
-            assert ours.me.id in {one.id for one in at_work(tmp_path)}, "times of files say nothing"
+            assert ours.me.id in {one.id for one in at_work(LocalRoot(tmp_path))}, "times of files say nothing"
 
     def test_a_killed_process_that_nobody_has_waited_for(self, tmp_path: Path) -> None:
         """A zombie builds nothing."""
@@ -186,11 +187,11 @@ class TestClaims:
     def test_a_lease_is_renewed_until_it_cannot_be(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Then others may take over, and whoever had it finds out, and leaves the new holder's claim alone."""
         monkeypatch.setattr(lease, "TERM", 0.3)
-        with Lease(tmp_path) as ours:
+        with Lease(LocalRoot(tmp_path)) as ours:
             assert ours.claim(LEAD) is None
-            first = at_work(tmp_path)[0]
+            first = at_work(LocalRoot(tmp_path))[0]
             time.sleep(0.5)
-            later = at_work(tmp_path)[0]
+            later = at_work(LocalRoot(tmp_path))[0]
             assert later.since == first.since
             assert later.until > first.until + 0.15
             taken = usurp(tmp_path, LEAD)
@@ -199,23 +200,23 @@ class TestClaims:
             holder = ours.claim(LEAD)
             assert holder is not None
             assert holder.id == taken.id
-        assert claims(tmp_path)[LEAD].id == taken.id
+        assert claims(LocalRoot(tmp_path))[LEAD].id == taken.id
 
     def test_a_lease_that_ran_out_while_nobody_came_is_still_held(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """A laptop that slept goes on."""
-        with Lease(tmp_path) as ours:
+        with Lease(LocalRoot(tmp_path)) as ours:
             ours.claim(LEAD)
             monkeypatch.setattr(time, "time", lambda now=time.time: now() + 1e6)
             ours.require()
             ours._renew()
-            assert [one.id for one in at_work(tmp_path)] == [ours.me.id]
+            assert [one.id for one in at_work(LocalRoot(tmp_path))] == [ours.me.id]
 
     def test_damaged_files_hold_nothing(self, tmp_path: Path) -> None:
         other = forge(tmp_path, "v0000-s000000", "v0000-s000001")
         (tmp_path / "claims/v0000-s000000.json").write_bytes(b"")
-        with Lease(tmp_path) as ours:
+        with Lease(LocalRoot(tmp_path)) as ours:
             assert ours.claim("v0000-s000000") is None
             held = ours.claim("v0000-s000001")
             assert held is not None
@@ -229,7 +230,7 @@ class TestClaims:
             raise OSError(errno.EPERM, "Operation not permitted", str(place))
 
         monkeypatch.setattr(Path, "hardlink_to", refused)
-        with Lease(tmp_path) as one, Lease(tmp_path) as other:
+        with Lease(LocalRoot(tmp_path)) as one, Lease(LocalRoot(tmp_path)) as other:
             assert one.claim(LEAD) is None
             held = other.claim(LEAD)
             assert held is not None
@@ -237,7 +238,9 @@ class TestClaims:
 
     def test_folders_that_another_takes_away(self, tmp_path: Path) -> None:
         """The last to leave removes them; whoever is just coming makes them again."""
-        with Lease(tmp_path) as ours:
+        with Lease(LocalRoot(tmp_path)) as ours:
+            assert ours.claim("another") is None
+            ours.release("another")
             for path in (tmp_path / "builders").iterdir():
                 path.unlink()
             (tmp_path / "builders").rmdir()
@@ -302,8 +305,8 @@ class TestOneBuilder:
         other = forge(Path(spec.cache), "v0001-s000000")
         with pytest.raises(BuildError, match=r"is being built.*elsewhere"):
             serial(spec)
-        assert list(claims(Path(spec.cache))) == ["v0001-s000000"]
-        assert [one.id for one in at_work(Path(spec.cache))] == [other.id]
+        assert list(claims(LocalRoot(Path(spec.cache)))) == ["v0001-s000000"]
+        assert [one.id for one in at_work(LocalRoot(Path(spec.cache)))] == [other.id]
 
     def test_two_that_see_each_other_do_not_both_give_way(self, spec: BuildSpec) -> None:
         """One that has come as well, and holds nothing, is the one to be refused."""
@@ -330,7 +333,7 @@ class TestLost:
 
         with pytest.raises(BuildError, match=r"has lost its lease.*lead is held by.*elsewhere"):
             serial(spec, at(16, lose))
-        assert len(tc.open(root).files) == 2
+        assert len(committed(tc.open(root))) == 2
         assert mine.exists(), "what another may be writing is left alone"
         time.sleep(0.7)
         serial(spec)
@@ -348,7 +351,7 @@ class TestLost:
             patch.setattr(_Shard, "answer", answer)
             with pytest.raises(BuildError, match=r"has lost its lease.*v0000-s000002 is held by"):
                 serial(spec)
-        assert sorted(tc.open(root).files) == [(0, 0), (0, 1)]
+        assert sorted(committed(tc.open(root))) == [(0, 0), (0, 1)]
         time.sleep(0.5)
         serial(spec)
         assert tree(root) == whole
@@ -358,7 +361,7 @@ class TestLost:
         root, real = Path(spec.cache), Path.replace
 
         def replaced(path: Path, target: Path) -> Path:
-            if "s000002" in path.name and path.parent.name == "receipts":
+            if "s000002" in path.name and path.parent.parent.name == "receipts":
                 path.unlink()
                 usurp(root, LEAD)
             return real(path, target)
@@ -382,7 +385,7 @@ class TestBetweenTwoLooks:
     def test_it_was_begun_and_sealed_before_we_had_the_lease(self, spec: BuildSpec, whole: dict[str, str]) -> None:
         real = prepare
 
-        def late(root: Path, opened: Any) -> Any:
+        def late(root: Any, opened: Any) -> Any:
             planned = real(root, opened)
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(sys.modules["teacher_cache.build"], "prepare", real)
@@ -411,14 +414,14 @@ class TestBetweenTwoLooks:
 
         def listed(*arguments: Any) -> Any:
             others_seal()
-            return read_receipts(*arguments)
+            return committed_shards(*arguments)
 
         def taken(ours: Claims, work: Any, real: Any = Claims.take) -> Any:
             others_seal()
             return real(ours, work)
 
         if where == "list":
-            monkeypatch.setattr(module, "read_receipts", listed)
+            monkeypatch.setattr(module, "committed_shards", listed)
         else:
             monkeypatch.setattr(Claims, "take", taken)
         assert serial(spec, join=True).shards_built == 0
@@ -432,8 +435,8 @@ class TestBetweenTwoLooks:
         with contextlib.suppress(KeyboardInterrupt):
             serial(spec, at(32, _interrupt))
         with pytest.raises(BuildError, match=r"view 1, shard 1: must be committed before the cache is sealed, and 3"):
-            seal(root, read_manifest(root))
-        assert read_manifest(root).state == "building"
+            seal(LocalRoot(root), spec, read_manifest(LocalRoot(root)))
+        assert addition_of(root).state == "building"
 
     def test_a_manifest_that_reads_back_as_other_types(self, arrays: Path, tmp_path: Path) -> None:
         """Pairs of numbers in a recipe are tuples before they are written and lists after: it is the same build."""
@@ -444,7 +447,7 @@ class TestBetweenTwoLooks:
 
 
 def _require_lead_only(root: Path) -> None:
-    assert list(claims(root)) == [LEAD]
+    assert list(claims(LocalRoot(root))) == [LEAD]
 
 
 class TestJoin:
@@ -615,10 +618,10 @@ def _files(root: Path, view: int, shard: int) -> list[Path]:
     """Temporary names of every file of a shard."""
     from teacher_cache.storage import open_store
 
-    manifest = read_manifest(root)
+    manifest = addition_of(root)
     groups: list[Group] = manifest.groups(view)
     paths = [path for group in groups for path in open_store(manifest.store.kind, manifest.grid).paths(group, shard)]
-    return [root / f"{path}.{'3' * 32}.tmp" for path in (*paths, f"receipts/v{view:04}-s{shard:06}.json")]
+    return [root / f"{path}.{'3' * 32}.tmp" for path in (*paths, f"receipts/v{view:04}/s{shard:06}.json")]
 
 
 def test_status_and_verify_while_it_is_built(
@@ -639,7 +642,7 @@ def test_status_and_verify_while_it_is_built(
         assert f"process {os.getpid()} on" in status()
         places = [problem.place for problem in tc.verify(spec.cache).problems]
         assert not [place for place in places if place.startswith(("builders", "claims"))]
-        assert len(tc.open(spec.cache).files) == 2
+        assert len(committed(tc.open(spec.cache))) == 2
 
     serial(spec, at(16, look))
     assert json.loads(status("--json"))["builders"] == []

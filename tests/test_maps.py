@@ -20,8 +20,10 @@ from toy_builds import ROWS, expected_logits, toy_spec, tree
 import teacher_cache as tc
 from teacher_cache.encodings import Part
 from teacher_cache.errors import CacheError, CorruptionError, SpecError
-from teacher_cache.storage import Grid, Group, open_store, write_atomic
+from teacher_cache.storage import FileRecord, Grid, Group, open_store, write_atomic
+from teacher_cache.storage.local_root import LocalRoot
 from teacher_cache.storage.region import Region
+from teacher_cache.storage.runs import copy_bytes, runs_of
 
 KINDS = pytest.mark.parametrize("kind", ["zarr", "parquet"])
 
@@ -92,7 +94,7 @@ def test_any_batch_is_the_array_indexed(
         for record, file in store.pack(group, shard, {"values": values[start:stop]}):
             write_atomic(root, record.path, file)
             records[record.path] = record
-    reader = store.open_group(root, group, lambda _: records)
+    reader = store.open_group(LocalRoot(root), group, lambda _: records)
     row = st.integers(0, grid.rows - 1)
     for _ in range(3):
         first = data.draw(row)
@@ -102,6 +104,93 @@ def test_any_batch_is_the_array_indexed(
             assert reader.gather("values", wanted).tobytes() == values[wanted].tobytes()
             assert reader.gather("values", wanted, ready) is ready
             assert ready.tobytes() == values[wanted].tobytes()
+
+
+class Runs:
+    """Rows in three shards, of which stretches of 4 rows count as long, so that small cases take every way."""
+
+    grid, part = Grid(68, 24, 6), Part("values", "uint16", (5,))
+    group = Group("views/v0000", (part,))
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.store = root, open_store("zarr", self.grid)
+        self.values = np.arange(self.grid.rows * 5, dtype=np.uint16).reshape(-1, 5)
+        self.records: dict[str, FileRecord] = {}
+        for shard in range(self.grid.shards):
+            start, stop = self.grid.span(shard)
+            for record, file in self.store.pack(self.group, shard, {"values": self.values[start:stop]}):
+                write_atomic(root, record.path, file)
+                self.records[record.path] = record
+        self.reader = self.store.open_group(LocalRoot(root), self.group, lambda _: self.records)
+
+    def gather(self, rows: list[int]) -> bytes:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("teacher_cache.storage.runs._LONG_RUN", 4)
+            return self.reader.gather("values", np.array(rows, np.int64)).tobytes()
+
+
+STRETCHES = st.lists(
+    st.tuples(st.integers(0, 67), st.integers(1, 68), st.sampled_from([1, 1, 1, -1, 2, 0])), max_size=6
+)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(tmp_path_factory.mktemp("runs"))
+
+
+@given(stretches=STRETCHES)
+def test_any_mix_of_stretches_is_the_array_indexed(runs: Runs, stretches: list[tuple[int, int, int]]) -> None:
+    """Stretches that rise, fall, skip or repeat rows, one after the other, across chunks and shards."""
+    rows = [first + step * place for first, length, step in stretches for place in range(length)]
+    rows = [row for row in rows if 0 <= row < runs.grid.rows]
+    assert runs.gather(rows) == runs.values[np.array(rows, np.int64)].tobytes()
+
+
+@given(places=st.lists(st.integers(-3, 12), min_size=1, max_size=12))
+def test_runs_are_stretches_that_rise_by_one(places: list[int]) -> None:
+    """What is not one stretch is never taken for one, whatever its ends; and stretches are cut where they break."""
+    given_N = np.array(places, np.int64)
+    rises = places == list(range(places[0], places[0] + len(places)))
+    assert (runs_of(given_N) == [0, len(places)]) == rises
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("teacher_cache.storage.runs._LONG_RUN", 1)
+        found = runs_of(given_N)
+    if found is not None:
+        breaks = [place for place in range(1, len(places)) if places[place] != places[place - 1] + 1]
+        assert found == [0, *breaks, len(places)]
+
+
+@given(first=st.integers(0, 60), length=st.integers(1, 67), shard=st.integers(0, 2), place=st.integers(0, 255))
+def test_a_flip_in_what_a_scan_touches_is_found(
+    first: int, length: int, shard: int, place: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Each time it is read, by the rows of its chunk; the rows of other chunks are given out."""
+    runs = Runs(tmp_path_factory.mktemp("flip"))
+    path = runs.root / f"data/views/v0000/values/c/{shard}/0"
+    changed = bytearray(path.read_bytes())
+    # Four chunks of 60 bytes, each with a checksum that is left as it is.
+    chunk, inside = divmod(place * 240 // 256, 60)
+    changed[chunk * 64 + inside] ^= 1
+    path.write_bytes(changed)
+    rows = list(range(first, min(first + length, runs.grid.rows)))
+    hit = {row // 6 for row in rows} & {shard * 4 + chunk}
+    for _ in range(2):
+        if hit:
+            with pytest.raises(CorruptionError, match=f"c/{shard}/0: chunk {chunk} must have crc32c"):
+                runs.gather(rows)
+        else:
+            assert runs.gather(rows) == runs.values[rows].tobytes()
+
+
+def test_bytes_are_copied_wherever_they_lie() -> None:
+    """Sources and targets at every distance within a word of each other, in blocks with gaps between them."""
+    source = np.arange(20_000, dtype=np.uint32).view(np.uint8)
+    for at in range(9):
+        block = np.ndarray((2, 3, 4_097), np.uint8, source, at, (30_000, 4_101, 1))
+        target = np.zeros((2, 3, 4_097), np.uint8)
+        copy_bytes(target, block)
+        assert (target == block).all()
 
 
 @KINDS

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from toy_builds import addition_of
 
-from teacher_cache.errors import BuildError
-from teacher_cache.poison import KILLED, MOST, committed, find_poison, known_poison
+from teacher_cache.errors import BuildError, CorruptionError
+from teacher_cache.poison import KILLED, MOST, find_poison, is_current, is_note, known_poison, note_poison
 from teacher_cache.receipts import Receipt
+from teacher_cache.storage.local_root import LocalRoot
 
 
 class Probes:
@@ -73,20 +76,32 @@ def test_a_row_that_kills_now_and_then() -> None:
         find_poison("here", range(16), probes, 3)
 
 
-def receipt(view: int, shard: int, *tombstones: tuple[int, str]) -> Receipt:
-    return Receipt("", view, shard, (), tombstones, np.zeros(8, np.uint64), 0, 0, {})
+def test_what_is_noted_is_known(built: Path, tmp_path: Path) -> None:
+    """The rows that kill, whichever view they killed in; a note of another cache is refused."""
+    root, addition = LocalRoot(tmp_path), addition_of(built)
+    note_poison(root, addition, 0, 2, [17])
+    note_poison(root, addition, 1, 2, [18, 17])
+    note_poison(root, addition, 1, 0, [3])
+    assert known_poison(root, addition) == {0: (3,), 2: (17, 18)}
+    assert all(is_note(name) for name in root.names())
+    note_poison(root, addition, 1, 1, [3])
+    with pytest.raises(CorruptionError, match="must be of this cache and of its shard"):
+        known_poison(root, addition)
+    stranger = addition.model_copy(update={"identity": addition.identity.model_copy(update={"teacher": "x"})})
+    with pytest.raises(CorruptionError, match="poison/v0000-s000002"):
+        known_poison(root, stranger)
 
 
 def test_what_must_be_made_again() -> None:
     """A shard is done when it was made without every row of its range that kills in any view."""
     broken = (20, "cannot be decoded")
-    receipts = [
-        receipt(0, 2, broken),
-        receipt(1, 2, (17, KILLED), broken),
-        receipt(2, 2, (17, KILLED), (18, KILLED), broken),
-        receipt(3, 2, (17, "no such file"), (18, KILLED), broken),
-        receipt(0, 1, (9, "cannot be decoded")),
-    ]
-    poison = known_poison(receipts)
-    assert poison == {2: (17, 18)}
-    assert committed(receipts, poison) == {(2, 2), (3, 2), (0, 1)}
+    made = {
+        ((17, KILLED), (18, KILLED), broken): True,
+        ((17, "no such file"), (18, KILLED), broken): True,
+        ((17, KILLED), broken): False,
+        (broken,): False,
+    }
+    for tombstones, done in made.items():
+        receipt = Receipt("", 0, 2, (), tombstones, np.zeros(8, np.uint64), 0, 0, {})
+        assert is_current(receipt, (17, 18)) == done
+        assert is_current(receipt, ())

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
-from toy_builds import toy_spec, tree, write_arrays
+from toy_builds import committed, toy_spec, tree, write_arrays
 
 import teacher_cache as tc
 from teacher_cache.build import build
@@ -181,8 +181,8 @@ def test_no_single_sample_is_to_blame(cluster: None, tmp_path: Path) -> None:
     with pytest.raises(BuildError, match=r"view 0, shard 4: killed its worker 1 times.*rows 16\.\.19 die") as caught:
         build(spec, "ray")
     assert "serial" in caught.value.hint
-    assert set(tc.open(spec.cache).files) >= {(0, 0), (0, 1)}
-    assert (0, 4) not in tc.open(spec.cache).files
+    assert set(committed(tc.open(spec.cache))) >= {(0, 0), (0, 1)}
+    assert (0, 4) not in committed(tc.open(spec.cache))
     assert tc.open(spec.cache).alive.all()
 
 
@@ -211,7 +211,7 @@ def test_errors_arrive_as_they_were_raised(
     with pytest.raises(kind, match=message) as caught:
         build(poisoned(tmp_path, model), "ray")
     assert type(caught.value) is kind
-    assert {(0, 0), (0, 1)} <= set(tc.open(tmp_path / "cache").files)
+    assert {(0, 0), (0, 1)} <= set(committed(tc.open(tmp_path / "cache")))
     with pytest.raises(kind) as serial:
         build(poisoned(tmp_path, model, "serial"), "serial")
     assert str(serial.value) == str(caught.value)

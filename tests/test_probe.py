@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from toy_builds import toy_spec, tree
+from toy_builds import addition_of, toy_spec, tree
 from typer.testing import CliRunner
 
 import teacher_cache as tc
@@ -14,7 +14,6 @@ from teacher_cache.build import build
 from teacher_cache.cli import app
 from teacher_cache.cost import estimate
 from teacher_cache.errors import BuildError, MismatchError, TeacherError
-from teacher_cache.manifest import read_manifest
 from teacher_cache.spec import BuildSpec
 
 
@@ -30,7 +29,7 @@ def test_it_is_halved_until_it_fits(arrays: Path, tmp_path: Path) -> None:
     build(spec_of(tmp_path / "asked", arrays, teacher__micro_batch=4, compute__on_oom="fail"), "serial")
     halved, asked = tree(tmp_path / "halved"), tree(tmp_path / "asked")
     assert {name for name in halved if halved[name] != asked.get(name)} == {"manifest.json"}
-    one, other = read_manifest(tmp_path / "halved"), read_manifest(tmp_path / "asked")
+    one, other = addition_of(tmp_path / "halved"), addition_of(tmp_path / "asked")
     assert one.identity == other.identity
     assert one.model_copy(update={"micro_batch_asked": None}) == other
     assert (one.spec["teacher"]["micro_batch"], one.micro_batch_asked) == (4, 16)
@@ -42,7 +41,7 @@ def test_it_is_halved_until_it_fits(arrays: Path, tmp_path: Path) -> None:
 
 def test_down_to_one_row_and_no_further(arrays: Path, tmp_path: Path) -> None:
     build(spec_of(tmp_path / "one", arrays, teacher__arguments={"room": 1}), "serial")
-    assert read_manifest(tmp_path / "one").spec["teacher"]["micro_batch"] == 1
+    assert addition_of(tmp_path / "one").spec["teacher"]["micro_batch"] == 1
     with pytest.raises(TeacherError, match=r"teacher\.micro_batch: must fit into memory.*found: 1\)"):
         build(spec_of(tmp_path / "none", arrays, teacher__arguments={"room": 0}), "serial")
     assert not (tmp_path / "none").exists()
@@ -66,7 +65,7 @@ def test_a_build_that_goes_on_takes_what_was_found(arrays: Path, tmp_path: Path)
 
     with pytest.raises(KeyboardInterrupt):
         build(spec_of(path, arrays), "serial", stop)
-    manifest = read_manifest(path)
+    manifest = addition_of(path)
     with pytest.raises(MismatchError, match="numerics"):
         build(spec_of(path, arrays, teacher__micro_batch=2), "serial")
     with pytest.raises(TeacherError, match=r"must fit into memory.*found: 8\)"):
@@ -82,7 +81,7 @@ def test_a_build_that_goes_on_takes_what_was_found(arrays: Path, tmp_path: Path)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("toy_models.OutOfMemory.__init__", _more_room)
         build(spec_of(path, arrays, compute__on_oom="fail"), "serial")
-    assert read_manifest(path).spec == manifest.spec
+    assert addition_of(path).spec == manifest.spec
     assert tree(path) == tree(tmp_path / "whole")
 
 

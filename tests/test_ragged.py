@@ -17,6 +17,7 @@ from strategies import SEEDS
 from teacher_cache.encodings import Part
 from teacher_cache.errors import BuildError, CorruptionError, SpecError
 from teacher_cache.storage import FileRecord, Grid, Group, crc32c, open_store
+from teacher_cache.storage.local_root import LocalRoot
 from teacher_cache.storage.ragged import flatten, lengths_of, offsets_of, pad, places_of
 from teacher_cache.storage.zarr_files import layout_of
 
@@ -60,11 +61,11 @@ class Written:
                 self.write(record, data)
 
     def gather(self, part: str, rows: list[int]) -> Any:
-        reader = self.store.open_group(self.root, self.group, lambda _: self.records)
+        reader = self.store.open_group(LocalRoot(self.root), self.group, lambda _: self.records)
         return reader.gather(part, np.array(rows, np.int64))
 
     def damage(self) -> list[CorruptionError]:
-        return list(self.store.damage(self.root, self.group, 0, self.records))
+        return list(self.store.damage(LocalRoot(self.root), self.group, 0, self.records))
 
 
 @st.composite

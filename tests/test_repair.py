@@ -12,7 +12,7 @@ import pytest
 import test_cli
 import toy_models
 from test_injections import CACHES, build_small, write_images
-from toy_builds import toy_spec, tree, write_arrays
+from toy_builds import committed, toy_spec, tree, write_arrays
 
 import teacher_cache as tc
 from teacher_cache.errors import BuildError, CacheNotFoundError, MismatchError
@@ -49,7 +49,7 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def shard_files(root: Path, view: int, shard: int) -> list[Path]:
-    return [root / path for path in tc.open(root).files[view, shard]]
+    return [root / path for path in committed(tc.open(root))[view, shard]]
 
 
 def spoil(path: Path) -> None:
@@ -259,7 +259,7 @@ def test_tombstones_constants_and_ragged_rows(store: str, fields: str, tmp_path:
     """Every data file of a cache with all of them, one after the other and all at once."""
     root = build_small(tmp_path / "cache", write_images(tmp_path / "images", 1), store, fields, None)
     before = tree(root)
-    files = [root / path for files in tc.open(root).files.values() for path in files]
+    files = [root / path for files in committed(tc.open(root)).values() for path in files]
     for path in (files[0], files[-1]):
         spoil(path)
         assert tc.repair(root).written == (path.relative_to(root).as_posix(),)
@@ -276,7 +276,7 @@ def test_a_cache_that_is_being_built(store: str, tmp_path: Path, answers: list[i
     images = write_images(tmp_path / "images", 1)
     whole = build_small(tmp_path / "whole", images, store, "sparse", None)
     root = build_small(tmp_path / "cache", images, store, "sparse", 3)
-    receipts = sorted((root / "receipts").iterdir())
+    receipts = sorted((root / "receipts").glob("*/*"))
     assert len(receipts) == 3
     spoil(receipts[0])
     bad = shard_files(whole, 0, 1)[0].relative_to(whole)
@@ -284,7 +284,7 @@ def test_a_cache_that_is_being_built(store: str, tmp_path: Path, answers: list[i
     (root / bad).mkdir()
     answers.clear()
     report = tc.repair(root)
-    assert set(report.uncommitted) == {"receipts/v0000-s000000.json", "receipts/v0000-s000001.json"}
+    assert set(report.uncommitted) == {"receipts/v0000/s000000.json", "receipts/v0000/s000001.json"}
     assert (report.ok, report.written, answers) == (True, (), [])
     assert {problem.what for problem in tc.verify(root).problems} == {"is not committed"}
     assert tc.repair(root).uncommitted == ()

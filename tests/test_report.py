@@ -17,15 +17,17 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
+from toy_builds import committed
 
 import teacher_cache as tc
-from teacher_cache.begin import begin
+from teacher_cache.begin import begin, prepare
 from teacher_cache.errors import BuildError, CorruptionError, SpecError
 from teacher_cache.plan import open_parts
 from teacher_cache.report import write_report
 from teacher_cache.report_rows import Picks, pick
 from teacher_cache.shard_job import Work, open_job, run_work
 from teacher_cache.spec import BuildSpec, NumpySource, parse
+from teacher_cache.storage.local_root import LocalRoot
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 ROWS = 90
@@ -130,7 +132,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> tc.Cache:
 
 @pytest.fixture(scope="module")
 def page(cache: tc.Cache) -> Page:
-    return Page(write_report(cache.path, cache.path.parent / "report.html"))
+    return Page(write_report(cache.path, Path(cache.path).parent / "report.html"))
 
 
 def probabilities(cache: tc.Cache, view: int, rows: list[int], temperature: float = 1.0) -> NDArray[np.float64]:
@@ -152,7 +154,7 @@ def test_the_facts_are_those_of_the_cache(cache: tc.Cache, page: Page) -> None:
     right = [
         probabilities(cache, v, list(range(ROWS))).argmax(1) == labels for v in range(VIEWS)
     ]  # dense_f32: nothing lost
-    size = sum(record.size for files in cache.files.values() for record in files.values())
+    size = sum(record.size for files in committed(cache).values() for record in files.values())
     assert f"{ROWS} rows × {VIEWS} views" in page.text
     assert f"teacher’s accuracy on labels {100 * np.mean(right):.2f} %" in page.text
     assert f"{size / 1000:.1f} kB in all" in page.text
@@ -163,17 +165,17 @@ def test_the_facts_are_those_of_the_cache(cache: tc.Cache, page: Page) -> None:
 
 
 def test_the_identity_is_that_of_the_manifest(cache: tc.Cache, page: Page) -> None:
-    identity = cache.manifest.identity
-    assert page.row("Whole cache") == [identity.whole]
+    identity = cache.manifest.first.identity
+    assert page.row("Whole cache") == [cache.manifest.whole]
     for name, value in identity.model_dump().items():
         assert page.row(name.capitalize()) == [value]
-    assert page.row("Format version") == ["1"]
+    assert page.row("Format version") == ["2"]
     assert page.row("Promise of the views") == ["native"]
-    assert cache.manifest.versions["torch"] in page.row("Built with")[0]
+    assert cache.manifest.first.versions["torch"] in page.row("Built with")[0]
 
 
 def test_the_fidelity_is_that_of_the_build(cache: tc.Cache, page: Page) -> None:
-    totals = cache.manifest.totals
+    totals = cache.manifest.first.totals
     assert totals is not None
     logits, feature = totals.fidelity["logits"], totals.fidelity["feature:2"]
     rows = str(int(logits["rows"]))
@@ -312,7 +314,7 @@ def test_top_k_shows_what_is_kept(tmp_path: Path) -> None:
     assert "logits as top_k, k = 2, 10 bytes a row" in page.text
     assert len(page.all("i")) == 12 * 4 * 2
     assert "k = 2: kept by the encoding" in page.text
-    totals = tc.open(tmp_path / "c").manifest.totals
+    totals = tc.open(tmp_path / "c").manifest.first.totals
     assert totals is not None
     assert page.row("logits")[3:6] == [f"{totals.fidelity['logits'][f'kl_t{t}']:.3g}" for t in (1, 2, 4)]
 
@@ -378,7 +380,8 @@ def test_tombstones_are_listed(tmp_path: Path) -> None:
 
 def unfinished(path: Path, *works: Work) -> tc.Cache:
     opened = open_parts(spec_of(path))
-    job = open_job(path, begin(path, opened), opened)
+    root = LocalRoot(path)
+    job = open_job(root, begin(root, prepare(root, opened)), opened)
     for work in works:
         run_work(job, work)
     return tc.open(path)
@@ -441,7 +444,7 @@ def test_a_changed_source_leaves_a_visible_note(tmp_path: Path) -> None:
 
 def test_a_damaged_cache_gives_no_page(tmp_path: Path) -> None:
     tc.build(spec_of(tmp_path / "c"), executor="serial")
-    records = [record for found in tc.open(tmp_path / "c").files.values() for record in found.values()]
+    records = [record for found in committed(tc.open(tmp_path / "c")).values() for record in found.values()]
     for record in records:
         data = bytearray((tmp_path / "c" / record.path).read_bytes())
         data[0] ^= 1

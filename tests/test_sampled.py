@@ -187,7 +187,7 @@ def test_a_cache_of_samples(scheme: Scheme, store: str, arrays: Path, tmp_path: 
     assert tc.verify(tmp_path / "cache", recompute=20, views=20).ok
     cache = tc.open(tmp_path / "cache")
     # As FORMAT.md has it: the words of the row's own address, in its own view.
-    encoding = cache.manifest.encodings["logits"]
+    encoding = cache.manifest.first.encodings["logits"]
     assert isinstance(encoding, SampledLogits)
     for view in range(2):
         exact = torch.from_numpy(expected_logits(cache.render(view, range(ROWS))))

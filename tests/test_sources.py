@@ -308,7 +308,7 @@ class TestNumpy:
         images = pixels(0, *shape)
         source = opened(**self._write(tmp_path, images, np.arange(5)))
         check_contract(source)
-        assert source.keys == [f"x/{n}" for n in range(5)]
+        assert list(source.keys) == [f"x/{n}" for n in range(5)] == source.keys[:]
         expected = images.reshape(5, 4, 6, -1)[2].transpose(2, 0, 1)
         assert source.item(2).image_CHW.numpy().tolist() == expected.tolist()
 

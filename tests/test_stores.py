@@ -22,8 +22,19 @@ from strategies import SEEDS, grids, parts, values_of
 
 from teacher_cache.encodings import Part
 from teacher_cache.errors import BuildError, CorruptionError
-from teacher_cache.storage import FileRecord, Grid, Group, GroupReader, Store, crc32c, open_store, write_atomic
+from teacher_cache.storage import (
+    FileRecord,
+    Grid,
+    Group,
+    GroupReader,
+    Store,
+    crc32c,
+    open_store,
+    write_atomic,
+    write_together,
+)
 from teacher_cache.storage.files import remove_temporary
+from teacher_cache.storage.local_root import LocalRoot
 
 KINDS = pytest.mark.parametrize("kind", ["zarr", "parquet"])
 RAGGED = pytest.mark.parametrize("ragged", [False, True], ids=["plain", "ragged"])
@@ -114,7 +125,7 @@ def gather(store: Store, root: Path, group: Group, grid: Grid, packed: Packed, p
 
 def opened(store: Store, root: Path, group: Group, packed: Packed) -> GroupReader:
     """A reader of what was written."""
-    return store.open_group(root, group, lambda shard: {record.path: record for record, _ in packed[shard]})
+    return store.open_group(LocalRoot(root), group, lambda shard: {record.path: record for record, _ in packed[shard]})
 
 
 def small(kind: str, seed: int = 0, ragged: bool = False) -> tuple[Store, Group, Grid, Packed, dict[str, Any]]:
@@ -158,7 +169,10 @@ def test_what_is_packed_is_gathered(kind: Any, grid: Grid, group: Group, seed: i
                 assert reader.gather(name, some).tobytes() == values[some].tobytes()
                 reader.clear()
                 assert reader.gather(name, some).tobytes() == values[some].tobytes()
-            assert list(store.damage(root, group, shard, {record.path: record for record, _ in packed[shard]})) == []
+            assert (
+                list(store.damage(LocalRoot(root), group, shard, {record.path: record for record, _ in packed[shard]}))
+                == []
+            )
 
 
 @KINDS
@@ -433,7 +447,7 @@ def test_damage_names_the_file(kind: Any, ragged: bool, data: st.DataObject) -> 
     how = data.draw(st.sampled_from(["flip", "cut", "gone", "swap"]))
     records = {record.path: record for record, _ in packed[0]}
     with written(store, group, packed) as root:
-        assert list(store.damage(root, group, 0, records)) == []
+        assert list(store.damage(LocalRoot(root), group, 0, records)) == []
         path = root / record.path
         if how == "flip":
             changed = bytearray(original)
@@ -446,7 +460,7 @@ def test_damage_names_the_file(kind: Any, ragged: bool, data: st.DataObject) -> 
         else:
             number = [item[0].path for item in packed[0]].index(record.path)
             path.write_bytes(packed[1][number][1])
-        (error,) = store.damage(root, group, 0, records)
+        (error,) = store.damage(LocalRoot(root), group, 0, records)
         assert error.field == record.path
 
 
@@ -510,6 +524,58 @@ class TestFiles:
         (tmp_path / "a").write_bytes(b"")
         with pytest.raises(BuildError, match="cannot be written"):
             write_atomic(tmp_path, "a/b", b"x")
+
+    def test_files_written_together_are_on_the_disk_before_any_is_visible(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Each file is synced, then each renamed, then each folder synced, once, and its own name with it."""
+        done: list[str] = []
+        real = Path.replace
+
+        def sync(handle: int) -> None:
+            at = Path(f"/proc/self/fd/{handle}").readlink()
+            done.append("file" if stat.S_ISREG(os.fstat(handle).st_mode) else at.relative_to(tmp_path).as_posix())
+
+        def replace(path: Path, target: Path) -> Path:
+            done.append("rename")
+            return real(path, target)
+
+        (tmp_path / "a").mkdir()
+        monkeypatch.setattr(os, "fsync", sync)
+        monkeypatch.setattr(Path, "replace", replace)
+        for content in (b"x", b"y"):
+            done.clear()
+            write_together(tmp_path, ((name, content) for name in ("a/c/0", "a/c/1", "a/d/0")))
+            assert done == ["file"] * 3 + ["rename"] * 3 + ["a", "a/c", "a/d"]
+            files = [path for path in tmp_path.rglob("*") if path.is_file()]
+            assert {path.relative_to(tmp_path).as_posix() for path in files} == {"a/c/0", "a/c/1", "a/d/0"}
+            assert {path.read_bytes() for path in files} == {content}
+
+    @pytest.mark.parametrize("at", [1, 2])
+    def test_a_failure_among_files_written_together_changes_none(
+        self, at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Nor does one of what makes their contents, which is raised as it is; nothing is left under another name."""
+        write_together(tmp_path, [("a/0", b"one"), ("a/1", b"one")])
+        calls = iter(range(9))
+        real = os.fsync
+
+        def full(handle: int) -> None:
+            if next(calls) == at - 1:
+                raise OSError(28, "No space left on device")
+            real(handle)
+
+        def contents() -> Iterator[tuple[str, bytes]]:
+            yield "a/0", b"two"
+            raise ValueError("no rows")
+
+        with monkeypatch.context() as patch:
+            patch.setattr("os.fsync", full)
+            with pytest.raises(BuildError, match="No space left on device"):
+                write_together(tmp_path, [("a/0", b"two"), ("a/1", b"two")])
+        with pytest.raises(ValueError, match="no rows"):
+            write_together(tmp_path, contents())
+        assert [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()] == [b"one", b"one"]
 
     def test_leftovers_are_removed_and_nothing_else(self, tmp_path: Path) -> None:
         write_atomic(tmp_path, "a/b", b"x")

@@ -26,6 +26,7 @@ from teacher_cache.errors import MismatchError, SpecError, ViewMismatch
 from teacher_cache.sources.base import Item
 from teacher_cache.sources.numpy_arrays import NumpyArrays
 from teacher_cache.spec import ViewSpec, load_spec, parse, read_yaml
+from teacher_cache.storage.local_root import LocalRoot
 from teacher_cache.views import open_recipe
 
 MANY = {"recipe": [{"pad_crop": {"size": 8, "padding": 2}}, "horizontal_flip"], "count": 6, "seed": 11}
@@ -63,7 +64,7 @@ class TestSeveralViewsOfOneDecoding:
     ) -> None:
         """As told, but no more than there are, nor than a worker's memory or the other workers' idleness allow."""
         module = sys.modules["teacher_cache.build"]
-        manifest = tc.open(many).manifest
+        manifest = tc.open(many).manifest.first
         held = 8 * sum(part.row_bytes for group in manifest.groups(0) for part in group.parts)
         assert held == 496
         monkeypatch.setattr(module, "_MOST_HELD", bytes_held)
@@ -94,7 +95,7 @@ class TestSeveralViewsOfOneDecoding:
         self, arrays: Path, tmp_path: Path, device: str, threads: int | None, expected: str | None
     ) -> None:
         """On its GPU if it runs here; a remote teacher's device is not ours."""
-        from teacher_cache.begin import begin
+        from teacher_cache.begin import begin, prepare
         from teacher_cache.plan import open_parts
         from teacher_cache.shard_job import open_job
 
@@ -102,10 +103,11 @@ class TestSeveralViewsOfOneDecoding:
             """All that `open_job` asks of a teacher."""
 
         opened = open_parts(toy_spec(tmp_path / "cache", arrays))
-        manifest = begin(tmp_path / "cache", opened)
+        root = LocalRoot(tmp_path / "cache")
+        manifest = begin(root, prepare(root, opened))
         teacher: Any = Elsewhere()
         teacher.device, teacher.threads = device, threads
-        how = open_job(tmp_path / "cache", manifest, dataclasses.replace(opened, teacher=teacher)).how
+        how = open_job(root, manifest, dataclasses.replace(opened, teacher=teacher)).how
         assert (how.device.type if how.device else None, how.batched) == (expected, True)
 
     def test_a_build_killed_between_two_commits_goes_on(self, many: Path, arrays: Path, tmp_path: Path) -> None:
@@ -119,20 +121,21 @@ class TestSeveralViewsOfOneDecoding:
         with pytest.raises(KeyboardInterrupt):
             tc.build(spec, "serial", stop)
         for view in (0, 2):
-            (tmp_path / f"cache/receipts/v{view:04}-s000000.json").unlink()
+            (tmp_path / f"cache/receipts/v{view:04}/s000000.json").unlink()
         report = tc.build(spec, "serial")
         assert report.shards_built == 6 * 4 - 2
         assert tree(tmp_path / "cache") == tree(many)
 
     def test_a_shard_that_was_committed_meanwhile_is_not_made_again(self, arrays: Path, tmp_path: Path) -> None:
         """A worker that died after one commit of two: the retry returns the receipt that is there."""
-        from teacher_cache.begin import begin
+        from teacher_cache.begin import begin, prepare
         from teacher_cache.plan import open_parts
         from teacher_cache.shard_job import Work, open_job, run_work
 
         spec = toy_spec(tmp_path / "cache", arrays, views=MANY)
         opened = open_parts(spec)
-        job = open_job(tmp_path / "cache", begin(tmp_path / "cache", opened), opened)
+        root = LocalRoot(tmp_path / "cache")
+        job = open_job(root, begin(root, prepare(root, opened)), opened)
         (first,) = run_work(job, Work((1,), 0))
         before = (tmp_path / "cache/data/views/v0001/digest/c/0").stat().st_mtime_ns
         again, other = run_work(job, Work((1, 2), 0))
@@ -266,7 +269,7 @@ class TestStudentsSize:
         cache = tc.open(sized)
         rows = [CachedRows(cache), CachedRows(cache, size=6), CachedRows(cache, size=(6, 7))]
         assert len({item.fingerprint for item in rows}) == 3
-        assert rows[0].fingerprint == cache.manifest.identity.whole
+        assert rows[0].fingerprint == cache.manifest.whole
         copied = pickle.loads(pickle.dumps(rows[2]))
         assert copied.fingerprint == rows[2].fingerprint
         helped = ViewStream(rows[2], batch_size=9, workers=1)

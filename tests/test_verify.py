@@ -20,9 +20,10 @@ from toy_builds import toy_spec, tree, write_arrays
 
 import teacher_cache as tc
 from teacher_cache.errors import CacheNotFoundError
-from teacher_cache.samples import write_table
 from teacher_cache.signed import signed
-from teacher_cache.storage.parquet_tables import read_table
+from teacher_cache.storage.local_root import LocalRoot
+from teacher_cache.storage.parquet_tables import lists_of
+from teacher_cache.tables import write_table
 
 
 @pytest.fixture
@@ -100,9 +101,9 @@ def test_every_swap_is_found(copied: Path) -> None:
         second.write_bytes(other)
 
 
-@pytest.mark.parametrize("name", ["notes.txt", "data/extra", "data/views/v0000/a.tmp", "receipts/v0000-s000000.json"])
+@pytest.mark.parametrize("name", ["notes.txt", "data/extra", "data/views/v0000/a.tmp", "receipts/v0000/s000000.json"])
 def test_a_stray_file_is_found(name: str, copied: Path) -> None:
-    (copied / name).parent.mkdir(exist_ok=True)
+    (copied / name).parent.mkdir(parents=True, exist_ok=True)
     (copied / name).write_bytes(b"x")
     (problem,) = tc.verify(copied).problems
     assert problem.place == name
@@ -238,13 +239,21 @@ class TestSignedAgain:
     @classmethod
     def edit_table(cls, root: Path, stem: str, change: Callable[[dict[str, list[Any]]], object]) -> None:
         old = next(root.glob(f"{stem}-*.parquet"))
-        columns = read_table(old.read_bytes())
+        columns = lists_of(old.read_bytes())
         old.unlink()
         change(columns)
-        if "content" in columns:
-            columns["content"] = np.array(columns["content"], np.uint64)  # type: ignore[assignment]
-        table = write_table(root, stem, columns)
-        cls.edit(root, lambda body: body.update({stem: table.model_dump()}))
+        for name in {"samples": ["digest"], "content": ["content"]}.get(stem, []):
+            if name in columns:
+                columns[name] = np.array(columns[name], np.uint64)  # type: ignore[assignment]
+        table = write_table(LocalRoot(root), stem, columns)
+
+        def rename(value: Any) -> Any:
+            if isinstance(value, dict):
+                named = table.model_dump() if value.get("path") == old.name else value
+                return {key: rename(inner) for key, inner in named.items()}
+            return [rename(inner) for inner in value] if isinstance(value, list) else value
+
+        cls.edit(root, lambda body: body.update(rename(body)))
 
     @pytest.mark.parametrize(
         ("path", "value", "says"),
@@ -258,15 +267,19 @@ class TestSignedAgain:
             ("totals.fidelity.logits.rows", 1e9, "fidelity of logits must be measured on 0..54 rows"),
             ("totals", None, "must have receipts and totals"),
             ("state", "building", "must not have receipts and totals"),
-            ("rows", 26, "must have the manifest's 26 rows"),
-            ("rows", -1, "must be at least 1"),
-            ("views", 3, "views must be what its spec says, 2"),
+            ("segments.0.rows", 26, "must cover a segment each"),
+            ("segments.0.rows", -1, "segments must have rows"),
+            ("extent.rows", 26, "must cover a segment each"),
+            ("extent.first_row", 1, "must cover a segment each"),
+            ("extent.proof", False, "and its proof first"),
+            ("extent.views", 3, "must have receipts and totals"),
+            ("spec.views.count", 1, "views must be of its spec's 1"),
             ("view_shape", [1, 8, 9], "must hold views of 72 bytes"),
             ("view_shape", [1, 8, 0], "view_shape must be at least 1"),
             ("param_names", ["a"], "param_names must be the recipe's"),
             ("promise", "seeded-global", "promise must be what its spec says, native"),
-            ("teacher", "another", "teacher must be what its spec says"),
-            ("teacher", "../elsewhere", "must not lead out of their folders"),
+            ("extent.teacher", "another", "teacher must be what its spec says"),
+            ("extent.teacher", "../elsewhere", "must not lead out of their folders"),
             ("identity.encoding", "0" * 32, "identity.encoding must be"),
             ("identity.store", "0" * 32, "identity.store must be"),
             ("identity.view", "0" * 32, "identity.view must be"),
@@ -288,9 +301,10 @@ class TestSignedAgain:
     def test_a_manifest(self, path: str, value: Any, says: str, copied: Path) -> None:
         def change(body: dict[str, Any]) -> None:
             *outer, last = path.split(".")
+            inner: Any = body if path.startswith(("segments", "nonsense")) else body["additions"][0]
             for key in outer:
-                body = body[key]
-            body[last] = value
+                inner = inner[int(key) if key.isdecimal() else key]
+            inner[last] = value
 
         self.edit(copied, change)
         whats = [f"{problem.place}: {problem.what}" for problem in tc.verify(copied).problems]
@@ -305,17 +319,17 @@ class TestSignedAgain:
             ("samples", lambda c: c["key"].__setitem__(1, c["key"][0]), "keys must be unique"),
             ("samples", lambda c: c["label"].__setitem__(1, 10), "labels must be in 0..9"),
             ("samples", lambda c: c["label"].__setitem__(1, -1), "labels must be in 0..9"),
-            ("samples", lambda c: c["label"].__setitem__(1, 9), "identity.source must be"),
-            ("samples", lambda c: c["label"].__setitem__(1, None), "a label in every row, or in none"),
+            ("samples", lambda c: c["label"].__setitem__(1, 9), "source must be"),
+            ("samples", lambda c: c["label"].__setitem__(1, None), "must be a table of"),
+            ("samples", lambda c: c["digest"].__setitem__(1, 9), "digests must be those of the keys"),
             ("samples", lambda c: c["size"].__setitem__(1, -3), "sizes must be at least 0"),
             ("samples", lambda c: [column.pop() for column in c.values()], "must have the manifest's 27 rows"),
-            ("samples", lambda c: c.pop("key"), "must have the columns"),
-            ("samples", lambda c: c["tombstone"].__setitem__(2, None), "must hold"),
-            ("samples", lambda c: c["tombstone"].__setitem__(2, "dead"), "tombstones must be 1"),
-            ("receipts", lambda c: c["shard"].__setitem__(0, 99), "must be one of the plan's"),
-            ("receipts", lambda c: c["view"].__setitem__(0, 1), "its receipt names other files"),
-            ("receipts", lambda c: [column.append(column[0]) for column in c.values()], "must be named once"),
-            ("receipts", lambda c: [column.pop() for column in c.values()], "its receipt names other files"),
+            ("samples", lambda c: c.pop("key"), "must be a table of"),
+            ("content", lambda c: c["content"].pop(), "must have the manifest's 27 rows"),
+            ("receipts", lambda c: c["shard"].__setitem__(0, 99), "files of view 0"),
+            ("receipts", lambda c: c["view"].__setitem__(0, 7), "files of view 0"),
+            ("receipts", lambda c: [column.append(column[0]) for column in c.values()], "files of view 0"),
+            ("receipts", lambda c: [column.pop() for column in c.values()], "files of view 0"),
             ("receipts", lambda c: c["path"].__setitem__(0, "../outside"), "its receipt names other files"),
             ("receipts", lambda c: c["size"].__setitem__(0, -1), "sizes must be at least 0"),
             ("receipts", lambda c: c["size"].__setitem__(0, c["size"][0] + 1), "must have"),
@@ -337,10 +351,10 @@ class TestSignedAgain:
     def test_a_table_of_another_name_or_kind(self, copied: Path) -> None:
         old = next(copied.glob("samples-*.parquet"))
         old.rename(copied / "s.parquet")
-        self.edit(copied, lambda body: body["samples"].update(path="s.parquet"))
+        self.edit(copied, lambda body: body["segments"][0]["samples"][0].update(path="s.parquet"))
         assert any("samples must be named by its digest" in p.what for p in tc.verify(copied).problems)
-        self.edit(copied, lambda body: body.update(samples=body["references"]))
-        assert any("must have the columns" in p.what for p in tc.verify(copied).problems)
+        self.edit(copied, lambda body: body["segments"][0].update(samples=[body["references"]]))
+        assert any("must be a table of" in p.what for p in tc.verify(copied).problems)
 
     @pytest.mark.parametrize(
         ("key", "value", "says"),
@@ -363,13 +377,13 @@ class TestSignedAgain:
 
         with pytest.raises(KeyboardInterrupt):
             tc.build(toy_spec(tmp_path / "cache", arrays), "serial", progress)
-        place = tmp_path / "cache/receipts/v0000-s000000.json"
+        place = tmp_path / "cache/receipts/v0000/s000000.json"
         body = json.loads(place.read_bytes())
         del body["digest"]
         place.write_bytes(signed({**body, key: value}))
         problems = tc.verify(tmp_path / "cache").problems
         assert any(re.search(says, problem.what) for problem in problems), problems
-        assert any(problem.place in ("receipts/v0000-s000000.json", "view 0, shard 0") for problem in problems)
+        assert any(problem.place in ("receipts/v0000/s000000.json", "view 0, shard 0") for problem in problems)
 
 
 def test_stray_receipts_of_a_build(arrays: Path, tmp_path: Path) -> None:

@@ -10,7 +10,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from teacher_cache import Cache
+from teacher_cache.addition import Addition
+from teacher_cache.manifest import read_manifest
 from teacher_cache.spec import BuildSpec
+from teacher_cache.storage import FileRecord
+from teacher_cache.storage.local_root import LocalRoot
 
 ROWS = 27
 CLASSES = 10
@@ -68,6 +73,17 @@ def tree(root: Path) -> dict[str, str]:
     """Every file below a folder, with the digest of its bytes."""
     files = sorted(path for path in root.rglob("*") if path.is_file())
     return {path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def committed(cache: Cache) -> dict[tuple[int, int], dict[str, FileRecord]]:
+    """The files of every committed (view, shard) of a cache that has not grown, by path."""
+    (index,) = cache.indices
+    return {place: dict(index.files(*place)) for place in index.places()}
+
+
+def addition_of(path: str | Path) -> Addition:
+    """The addition that began a cache."""
+    return read_manifest(LocalRoot(Path(path))).first
 
 
 def expected_logits(pixels_BCHW: torch.Tensor) -> NDArray[np.float32]:

@@ -72,17 +72,41 @@ def measure_feature(exact: Tensor, target: Target) -> dict[str, float]:
     }
 
 
+def add(sums: Mapping[str, float], shard: Mapping[str, float]) -> dict[str, float]:
+    """The sums over some shards, and over one more."""
+    both = dict(sums)
+    for name, value in shard.items():
+        both[name] = max(both.get(name, 0.0), value) if name == "mass_error" else both.get(name, 0.0) + value
+    return both
+
+
 def total(measured: Iterable[Mapping[str, float]]) -> dict[str, float]:
-    """Sums over shards to means over rows.
+    """Sums over shards to means over rows, as `mean` gives them."""
+    sums: dict[str, float] = {}
+    for shard in measured:
+        sums = add(sums, shard)
+    return mean(sums)
+
+
+def merged(means: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """Means of several additions to the means over all their rows; a ratio counts by its rows too."""
+    sums: dict[str, float] = {}
+    for found in means:
+        rows = found.get("rows", 0.0)
+        weighed = {k: v if k in ("rows", "mass_error") else v * rows for k, v in found.items()}
+        sums = add(sums, weighed)
+    rows = sums.get("rows", 0.0)
+    return {k: v if k in ("rows", "mass_error") or not rows else v / rows for k, v in sums.items()}
+
+
+def mean(summed: Mapping[str, float]) -> dict[str, float]:
+    """Sums to means over rows.
 
     Returns:
         For logits: `rows`, mean `kl_t1`, `kl_t2`, `kl_t4`, `top1` agreement, largest `mass_error`. For features:
         `rows` and `relative_squared_error`.
     """
-    sums: dict[str, float] = {}
-    for shard in measured:
-        for name, value in shard.items():
-            sums[name] = max(sums.get(name, 0.0), value) if name == "mass_error" else sums.get(name, 0.0) + value
+    sums = dict(summed)
     rows = sums.pop("rows", 0.0)
     if not rows:
         return {"rows": 0.0}

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import assert_never
 
+import numpy as np
+
 from teacher_cache.errors import SourceError
-from teacher_cache.sources.base import BrokenSample, Item, Source, source_fingerprint
+from teacher_cache.sources.base import BrokenSample, Item, Source, source_fingerprint, source_fingerprints
 from teacher_cache.spec import (
     DigitsSource,
     FolderSource,
@@ -15,7 +17,7 @@ from teacher_cache.spec import (
     TorchvisionSource,
 )
 
-__all__ = ["BrokenSample", "Item", "Source", "open_source", "source_fingerprint"]
+__all__ = ["BrokenSample", "Item", "Source", "open_source", "source_fingerprint", "source_fingerprints"]
 
 
 def open_source(spec: SourceSpec) -> Source:
@@ -31,12 +33,23 @@ def open_source(spec: SourceSpec) -> Source:
         source = Subset(source, spec.take)
     if len(source) == 0:
         raise SourceError("source", "has no samples", spec, "Check its path and split.")
-    if len(set(source.keys)) != len(source):
-        seen: set[str] = set()
-        twice = next(key for key in source.keys if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise SourceError("source", "gives two samples one key", twice, "Make the image paths unique.")
+    _check_keys(source)
     _check_labels(source)
     return source
+
+
+def _check_keys(source: Source) -> None:
+    # Hashes and not a set of the keys: of millions of samples that would be the largest thing in memory.
+    hashes = np.sort(np.fromiter(map(hash, source.keys), np.int64, len(source)))
+    alike = set(hashes[1:][hashes[1:] == hashes[:-1]].tolist())
+    if not alike:
+        return
+    seen: set[str] = set()
+    for key in source.keys:
+        if hash(key) in alike:
+            if key in seen:
+                raise SourceError("source", "gives two samples one key", key, "Make the image paths unique.")
+            seen.add(key)
 
 
 def _open(spec: SourceSpec) -> Source:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from teacher_cache.fingerprint import content_digest, fingerprint
+from teacher_cache.fingerprint import bytes_digest, content_digest, fingerprint
 
 Channels = Literal[1, 3] | None
 
@@ -46,8 +47,8 @@ class Source(Protocol):
     """
 
     @property
-    def keys(self) -> list[str]:
-        """A stable name for each sample."""
+    def keys(self) -> Sequence[str]:
+        """A stable name for each sample; may be made when it is asked for."""
 
     @property
     def labels(self) -> NDArray[np.int64] | None:
@@ -71,18 +72,68 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
 
-def source_fingerprint(source: Source) -> str:
+class Named(Protocol):
+    """As much of a source as its fingerprint is made of."""
+
+    @property
+    def keys(self) -> Sequence[str]: ...
+    @property
+    def sizes(self) -> NDArray[np.int64]: ...
+    @property
+    def labels(self) -> NDArray[np.int64] | None: ...
+    @property
+    def class_names(self) -> tuple[str, ...] | None: ...
+    @property
+    def channels(self) -> Channels: ...
+
+
+_BLOCK = 65_536
+
+
+def source_fingerprint(source: Named) -> str:
     """Names a data set by its keys, sizes, labels and class names: what can be known without reading it."""
-    labels = source.labels
-    fields: dict[str, object] = {
-        "keys": fingerprint("keys", 1, {"keys": source.keys}),
-        "sizes": source.sizes.tolist(),
-        "labels": None if labels is None else labels.tolist(),
-        "class_names": source.class_names,
-    }
-    if source.channels is not None:
-        fields["channels"] = source.channels
-    return fingerprint("source", 1, fields)
+    return source_fingerprints(source, [len(source.keys)])[0]
+
+
+def source_fingerprints(source: Named, stops: Sequence[int]) -> list[str]:
+    """The fingerprints that the first rows of a data set have by themselves, in one pass.
+
+    Args:
+        source: the data set.
+        stops: for each fingerprint how many rows, in rising order.
+    """
+    labels, hashed, found, first = source.labels, hashlib.blake2b(digest_size=16), [], 0
+    for stop in stops:
+        while first < stop:
+            last = min(first + _BLOCK, stop)
+            encoded = [key.encode() for key in source.keys[first:last]]
+            hashed.update(b"".join(len(key).to_bytes(4, "little") + key for key in encoded))
+            first = last
+        fields: dict[str, object] = {
+            "rows": stop,
+            "keys": hashed.copy().hexdigest(),
+            "sizes": bytes_digest(source.sizes[:stop].astype("<i8").tobytes()),
+            "labels": None if labels is None else bytes_digest(labels[:stop].astype("<i8").tobytes()),
+            "class_names": source.class_names,
+        }
+        if source.channels is not None:
+            fields["channels"] = source.channels
+        found.append(fingerprint("source", 2, fields))
+    return found
+
+
+class Numbered(Sequence[str]):
+    """Keys that are made when they are asked for: `<stem>/<number>`."""
+
+    def __init__(self, stem: str, count: int) -> None:
+        self._stem, self._numbers = stem, range(count)
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, place: Any) -> Any:
+        found = self._numbers[place]
+        return [f"{self._stem}/{number}" for number in found] if isinstance(found, range) else f"{self._stem}/{found}"
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from teacher_cache.errors import SourceError
-from teacher_cache.sources.base import Item, array_item
+from teacher_cache.sources.base import Item, Numbered, array_item
 
 
 class NumpyArrays:
@@ -32,7 +32,7 @@ class NumpyArrays:
             if self.labels.shape != (len(self._images),):
                 rule = f"needs one label for each of {len(self._images)} images"
                 raise SourceError("source.labels", rule, self.labels.shape, "Check the files belong together.")
-        self.keys = [f"{Path(images).stem}/{index}" for index in range(len(self._images))]
+        self.keys = Numbered(Path(images).stem, len(self._images))
         self.class_names = class_names
         self.sizes: NDArray[np.int64] = np.full(
             len(self._images), self._images.dtype.itemsize * math.prod(self._images.shape[1:]), np.int64

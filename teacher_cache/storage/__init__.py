@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Literal
 
 from teacher_cache.storage.base import Grid, Group, GroupReader, Store, field_path
-from teacher_cache.storage.files import FileRecord, crc32c, remove_temporary, write_atomic
+from teacher_cache.storage.files import FileRecord, crc32c, remove_temporary, write_atomic, write_together
+from teacher_cache.storage.local_root import absolute
+from teacher_cache.storage.root import Root
 
 __all__ = [
+    "absolute",
     "FileRecord",
     "Grid",
     "Group",
@@ -21,6 +24,7 @@ __all__ = [
     "open_store",
     "remove_temporary",
     "write_atomic",
+    "write_together",
 ]
 
 
@@ -36,7 +40,7 @@ def open_store(kind: Literal["zarr", "parquet"], grid: Grid) -> Store:
 
 
 def open_maps(
-    root: Path, maps: Path, group: Group, grid: Grid, records_of: Callable[[int], Mapping[str, FileRecord]]
+    root: Root, maps: Path, group: Group, grid: Grid, records_of: Callable[[int], Mapping[str, FileRecord]]
 ) -> GroupReader:
     """Rows of a group of a Parquet cache, from maps that are made in a folder when they are first asked for."""
     from teacher_cache.storage.parquet_maps import MapOfParquet

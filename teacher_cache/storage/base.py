@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 from teacher_cache.encodings import Columns, Part
 from teacher_cache.errors import CorruptionError
 from teacher_cache.storage.files import FileRecord
+from teacher_cache.storage.root import Root
 
 COUNT = "count"
 """The part that says how many places of each row are filled, in a group with ragged parts."""
@@ -105,12 +105,12 @@ class Store(Protocol):
         """The arrays [rows, ...] of one shard of one group to files."""
 
     def damage(
-        self, root: Path, group: Group, shard: int, records: Mapping[str, FileRecord]
+        self, root: Root, group: Group, shard: int, records: Mapping[str, FileRecord]
     ) -> Iterator[CorruptionError]:
         """Reads every byte of what `pack` made, and gives one error for each file that is not what it was."""
 
     def open_group(
-        self, root: Path, group: Group, records_of: Callable[[int], Mapping[str, FileRecord]]
+        self, root: Root, group: Group, records_of: Callable[[int], Mapping[str, FileRecord]]
     ) -> GroupReader:
         """Opens what `pack` made of all shards; `records_of` gives what a receipt says of a shard's files, by path."""
 

@@ -7,9 +7,10 @@ import errno
 import os
 import re
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import google_crc32c
 import numpy as np
@@ -47,7 +48,7 @@ def write_atomic(root: Path, relative: str, data: bytes) -> None:
         BuildError: the folder cannot be written (full, read-only, gone); nothing visible has changed.
     """
     final = root / relative
-    temporary = final.with_name(f"{final.name}.{uuid.uuid4().hex}.tmp")
+    temporary = _temporary(final)
     try:
         make_folder(final.parent)
         with temporary.open("xb") as file:
@@ -63,6 +64,63 @@ def write_atomic(root: Path, relative: str, data: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def write_together(root: Path, files: Iterable[tuple[str, bytes]]) -> None:
+    """The files of one shard, as `write_atomic` writes each, and each folder synced once.
+
+    All are written and synced under temporary names before the first gets its own; all of them stay, whole, when this
+    returns. After a failure or a crash some may be there, each of them whole: what makes them count is a receipt that
+    is written after this.
+
+    Args:
+        root: the cache.
+        files: path below the root, in a folder there, and content of each; asked for one at a time, and not kept.
+
+    Raises:
+        BuildError: a folder cannot be written (full, read-only, gone).
+    """
+    written: list[tuple[Path, Path]] = []
+    unsynced: set[Path] = set()
+    final = root
+    try:
+        with contextlib.ExitStack() as opened:
+            handles = []
+            for relative, data in files:
+                final = root / relative
+                make_folder(final.parent.parent)
+                final.parent.mkdir(exist_ok=True)
+                # The folder's own name too, new or not: whoever made it may have been killed before it was synced.
+                unsynced |= {final.parent, final.parent.parent}
+                written.append((_temporary(final), final))
+                handles.append(_begin(opened.enter_context(written[-1][0].open("xb")), data))
+            for handle in handles:
+                os.fsync(handle)
+        for temporary, final in written:
+            temporary.replace(final)
+        for folder in sorted(unsynced):
+            sync_folder(folder)
+    except BaseException as error:
+        for temporary, _ in written:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise file_error(final, root, error) from error
+        raise
+
+
+def _temporary(final: Path) -> Path:
+    return final.with_name(f"{final.name}.{uuid.uuid4().hex}.tmp")
+
+
+def _begin(file: BinaryIO, data: bytes) -> int:
+    """Writes a file and has the system start to store it, so that a journal takes many files in one commit."""
+    file.write(data)
+    file.flush()
+    if hasattr(os, "posix_fadvise"):
+        # Linux starts to write what is dirty, at once and without waiting, before it looks for pages to drop.
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    return file.fileno()
 
 
 _GONE = "the folder is gone", "Is the disk still mounted? Bring it back"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
-from pathlib import Path
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,9 @@ from numpy.typing import NDArray
 from teacher_cache.errors import CacheError, CorruptionError
 from teacher_cache.storage.files import RESTORE, UNREADABLE, FileRecord
 from teacher_cache.storage.region import Region
-from teacher_cache.storage.zarr_files import Layout, framed_chunks, require_chunk
+from teacher_cache.storage.root import Root
+from teacher_cache.storage.runs import copy_bytes, runs_of
+from teacher_cache.storage.zarr_files import Layout, framed_chunks, require_chunks
 
 _LONG_ROWS = 256
 """Bytes from which torch's row-by-row copy is faster than NumPy's fancy index, and needs no second copy."""
@@ -28,7 +30,7 @@ class MappedArray:
     are checked then, and each chunk's checksum when the chunk is first touched.
     """
 
-    def __init__(self, root: Path, layout: Layout, shards: int, record_of: Callable[[int], FileRecord]) -> None:
+    def __init__(self, root: Root, layout: Layout, shards: int, record_of: Callable[[int], FileRecord]) -> None:
         """Maps nothing yet.
 
         Args:
@@ -42,8 +44,8 @@ class MappedArray:
         self._present = np.full(shards, -1, np.int64)
         # Chunks of all shards are numbered through.
         self._verified = np.zeros(shards * layout.chunks, np.bool_)
-        each = layout.chunk_shape[1:]
-        self._unit_bytes = np.dtype(layout.part.dtype).itemsize * math.prod(each)
+        self._each, self._room = layout.chunk_shape[0], layout.shard_shape[0]
+        self._unit_bytes = np.dtype(layout.part.dtype).itemsize * math.prod(layout.chunk_shape[1:])
         self._grain = math.gcd(layout.stride, self._unit_bytes, self._region.slot_bytes)
         slots = np.arange(shards)[:, None] * self._region.slot_bytes
         self._starts = ((slots + np.arange(layout.chunks) * layout.stride) // self._grain).reshape(-1)
@@ -67,12 +69,12 @@ class MappedArray:
     @property
     def room(self) -> int:
         """Rows or elements that a shard has room for: those of shard s begin at s · room."""
-        return self._layout.shard_shape[0]
+        return self._room
 
     def lengths(self, shards_N: NDArray[np.int64]) -> NDArray[np.int64]:
         """Rows or elements that the files of some shards hold, with those that fill up the last chunk, [N]."""
         self._place(shards_N)
-        found: NDArray[np.int64] = self._present[shards_N] * self._layout.chunk_shape[0]
+        found: NDArray[np.int64] = self._present[shards_N] * self._each
         return found
 
     def take(self, places_N: NDArray[np.int64], out: NDArray[Any] | None = None) -> NDArray[Any]:
@@ -91,41 +93,67 @@ class MappedArray:
         if len(places_N) == 0:
             return out
         raw = out.reshape(len(places_N), -1).view(np.uint8)
-        if places_N[-1] - places_N[0] == len(places_N) - 1 and (np.diff(places_N) == 1).all():
-            self._copy_run(int(places_N[0]), raw)
+        runs = runs_of(places_N)
+        if runs is None:
+            self._gather(places_N, raw)
             return out
-        chunks_N, inside_N = np.divmod(places_N, layout.chunk_shape[0])
+        for begin, stop in pairwise(runs):
+            self._copy_run(int(places_N[begin]), raw[begin:stop])
+        return out
+
+    def _gather(self, places_N: NDArray[np.int64], raw_NU: NDArray[np.uint8]) -> None:
+        """Single rows, from anywhere, by one index."""
+        chunks_N, inside_N = np.divmod(places_N, self._each)
         self._require_verified(chunks_N)
         index_N = self._starts[chunks_N] + inside_N * (self._unit_bytes // self._grain)
         if self._unit_bytes < _LONG_ROWS:
-            raw[...] = self._windows[index_N]
-        else:
-            torch.index_select(torch.from_numpy(self._windows), 0, torch.from_numpy(index_N), out=torch.from_numpy(raw))
-        return out
+            raw_NU[...] = self._windows[index_N]
+            return
+        windows, index, out = (torch.from_numpy(array) for array in (self._windows, index_N, raw_NU))
+        torch.index_select(windows, 0, index, out=out)
 
     def _copy_run(self, first: int, raw_NU: NDArray[np.uint8]) -> None:
-        """Rows that follow one another: chunk by chunk, at the speed of a copy."""
-        each = self._layout.chunk_shape[0]
-        chunks = np.arange(first // each, (first + len(raw_NU) - 1) // each + 1)
-        self._require_verified(chunks)
-        for chunk, start in zip(chunks.tolist(), (self._starts[chunks] * self._grain).tolist(), strict=True):
-            begin, stop = max(first, chunk * each), min(first + len(raw_NU), (chunk + 1) * each)
-            at = start + (begin - chunk * each) * self._unit_bytes
-            size = (stop - begin) * self._unit_bytes
-            raw_NU[begin - first : stop - first] = self._region.bytes[at : at + size].reshape(-1, self._unit_bytes)
+        """Rows that follow one another: the shards and chunks that are whole by one copy, what is beside them apart."""
+        each, stop = self._each, first + len(raw_NU)
+        chunks = slice(first // each, (stop - 1) // each + 1)
+        if np.count_nonzero(self._verified[chunks]) < chunks.stop - chunks.start:
+            self._require_verified(np.arange(chunks.start, chunks.stop))
+        strides, begin = (self._region.slot_bytes, self._layout.stride, 1), first
+        while begin < stop:
+            shards, whole, rows = self._block(begin, stop)
+            at = int(self._starts[begin // each]) * self._grain + begin % each * self._unit_bytes
+            shape = shards, whole, rows * self._unit_bytes
+            block: NDArray[np.uint8] = np.ndarray(shape, np.uint8, self._region.bytes, at, strides)
+            end = begin + shards * whole * rows
+            copy_bytes(raw_NU[begin - first : end - first].reshape(shape), block)
+            begin = end
+
+    def _block(self, begin: int, stop: int) -> tuple[int, int, int]:
+        """The most rows from one on that are alike in each chunk: how many shards, chunks of each, rows of each."""
+        each, room, left = self._each, self._room, stop - begin
+        if begin % each or left < each:
+            return 1, 1, min(each - begin % each, left)
+        if begin % room or left < room:
+            return 1, min(room - begin % room, left) // each, each
+        return left // room, room // each, each
 
     def _require_verified(self, chunks_N: NDArray[np.int64]) -> None:
-        if self._verified[chunks_N].all():
+        verified_N = self._verified[chunks_N]
+        if verified_N.all():
             return
-        touched = np.unique(chunks_N[~self._verified[chunks_N]])
+        touched = np.unique(chunks_N[~verified_N])
         shards = touched // self._layout.chunks
         self._place(shards)
-        stride = self._layout.stride
-        for shard, chunk in zip(shards.tolist(), touched.tolist(), strict=True):
-            start = int(self._starts[chunk]) * self._grain
-            number = chunk - shard * self._layout.chunks
-            require_chunk(self._region.bytes[start : start + stride], number, self._record_of(shard).path)
-            self._verified[chunk] = True
+        for shard in np.unique(shards).tolist():
+            chunks = touched[shards == shard]
+            first = shard * self._layout.chunks
+            require_chunks(self._framed(shard), chunks - first, self._record_of(shard).path)
+            self._verified[chunks] = True
+
+    def _framed(self, shard: int) -> NDArray[np.uint8]:
+        """The chunks of a file that is mapped, each with its checksum."""
+        start, shape = shard * self._region.slot_bytes, (int(self._present[shard]), self._layout.stride)
+        return self._region.bytes[start : start + math.prod(shape)].reshape(shape)
 
     def verify(self, shard: int) -> None:
         """Reads every chunk of a shard's file; raises `CorruptionError`."""
@@ -142,7 +170,7 @@ class MappedArray:
 
     def _mapped(self, shard: int, record: FileRecord) -> NDArray[np.uint8]:
         try:
-            handle = os.open(self._root / record.path, os.O_RDONLY)
+            handle = os.open(self._root.local(record.path, record.size, record.digest), os.O_RDONLY)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise CorruptionError(record.path, "must be there: it was committed", error, RESTORE) from error
         except OSError as error:

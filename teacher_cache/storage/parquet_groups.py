@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from teacher_cache.errors import CacheError, CorruptionError
 from teacher_cache.storage.base import COUNT, Grid, Group
 from teacher_cache.storage.files import RESTORE, UNREADABLE, FileRecord, crc32c
 from teacher_cache.storage.ragged import pad, places_of
+from teacher_cache.storage.root import Root
 
 _MOST_BYTES = 2**30
 """Of the shards of one group that stay loaded."""
@@ -41,7 +41,7 @@ class LoadedGroup:
     """Rows of all shards of a group; the shards that were used last are kept."""
 
     def __init__(
-        self, root: Path, group: Group, grid: Grid, records_of: Callable[[int], Mapping[str, FileRecord]]
+        self, root: Root, group: Group, grid: Grid, records_of: Callable[[int], Mapping[str, FileRecord]]
     ) -> None:
         self._root, self._group, self._grid, self._records_of = root, group, grid, records_of
         self._parts = {part.name: part for part in group.parts}
@@ -81,7 +81,7 @@ class LoadedGroup:
 class LoadedShard:
     """Rows of one shard, read whole, checked against the receipt, then kept as arrays."""
 
-    def __init__(self, root: Path, group: Group, record: FileRecord) -> None:
+    def __init__(self, root: Root, group: Group, record: FileRecord) -> None:
         self._root, self._group, self._record = root, group, record
         self._parts = {part.name: part for part in group.parts}
         self._columns: dict[str, NDArray[Any]] | None = None
@@ -107,7 +107,7 @@ class LoadedShard:
     def _load(self) -> dict[str, NDArray[Any]]:
         path, record = self._record.path, self._record
         try:
-            data = (self._root / path).read_bytes()
+            data = self._root.read(path)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise CorruptionError(path, "must be there: it was committed", error, RESTORE) from error
         except OSError as error:

@@ -18,7 +18,9 @@ from teacher_cache.errors import BuildError, CacheError, CorruptionError
 from teacher_cache.signed import checked, signed
 from teacher_cache.storage.base import Grid, Group, GroupReader, Store
 from teacher_cache.storage.files import FileRecord, write_atomic
+from teacher_cache.storage.local_root import LocalRoot
 from teacher_cache.storage.parquet_groups import LoadedShard, shard_path
+from teacher_cache.storage.root import Root
 
 
 class MapOfParquet:
@@ -26,7 +28,7 @@ class MapOfParquet:
 
     def __init__(
         self,
-        root: Path,
+        root: Root,
         maps: Path,
         group: Group,
         grid: Grid,
@@ -46,7 +48,7 @@ class MapOfParquet:
         self._root, self._maps, self._group, self._grid, self._store = root, maps, group, grid, mapped
         self._records_of = records_of
         self._made: dict[int, dict[str, FileRecord]] = {}
-        self._reader: GroupReader = mapped.open_group(maps, group, lambda shard: self._made[shard])
+        self._reader: GroupReader = mapped.open_group(LocalRoot(maps), group, lambda shard: self._made[shard])
 
     @property
     def load(self) -> float:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,6 +26,7 @@ from teacher_cache.storage.base import Grid, Group
 from teacher_cache.storage.files import FileRecord
 from teacher_cache.storage.parquet_groups import LoadedGroup, LoadedShard, digest_of, shard_path, stored_parts
 from teacher_cache.storage.ragged import flatten, lengths_of, require_room
+from teacher_cache.storage.root import Root
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class ParquetStore:
         return [(FileRecord(path, len(data), digest_of(path, data)), data)]
 
     def damage(
-        self, root: Path, group: Group, shard: int, records: Mapping[str, FileRecord]
+        self, root: Root, group: Group, shard: int, records: Mapping[str, FileRecord]
     ) -> Iterator[CorruptionError]:
         """The file, whole."""
         try:
@@ -76,7 +76,7 @@ class ParquetStore:
             yield error
 
     def open_group(
-        self, root: Path, group: Group, records_of: Callable[[int], Mapping[str, FileRecord]]
+        self, root: Root, group: Group, records_of: Callable[[int], Mapping[str, FileRecord]]
     ) -> LoadedGroup:
         """Reads a file whole when its rows are first asked for."""
         return LoadedGroup(root, group, self.grid, records_of)

@@ -10,6 +10,7 @@ import ctypes
 import mmap
 import os
 import weakref
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,6 +54,7 @@ class Region:
         _map(self._address, self._size, _NOTHING, flags, -1)
 
 
+@cache
 def _libc() -> ctypes.CDLL:
     library = ctypes.CDLL(None, use_errno=True)
     library.mmap.restype = ctypes.c_void_p

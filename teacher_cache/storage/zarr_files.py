@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -44,12 +45,12 @@ class Layout:
         """Of one shard, as `chunk_shape`."""
         return (self.chunks * self.chunk_shape[0], *self.chunk_shape[1:])
 
-    @property
+    @cached_property
     def chunk_bytes(self) -> int:
         """Of one chunk without its checksum."""
         return np.dtype(self.part.dtype).itemsize * math.prod(self.chunk_shape)
 
-    @property
+    @cached_property
     def stride(self) -> int:
         """Bytes from one chunk to the next."""
         return self.chunk_bytes + _CRC
@@ -75,20 +76,22 @@ class Layout:
 
     def pack(self, path: str, values: NDArray[Any]) -> tuple[FileRecord, bytes]:
         """Rows, or elements of a ragged part, to a file; the last chunks are filled up with the fill value."""
-        present, each = self.needed(len(values)), self.chunk_shape[0]
-        index, end = self.index(present), present * self.stride
-        file = np.empty(end + len(index), np.uint8)
-        file[end:] = np.frombuffer(index, np.uint8)
-        framed, crcs = file[:end].reshape(present, self.stride), np.empty(present, "<u4")
-        for number, chunk in enumerate(framed):
+        chunks = list(self._filled(values))
+        crcs = np.array([crc32c(chunk) for chunk in chunks], "<u4")
+        # Joined from where the rows are: the one copy that is made of them.
+        framed = [piece for chunk, crc in zip(chunks, crcs, strict=True) for piece in (chunk.data, crc.tobytes())]
+        file = b"".join([*framed, self.index(len(chunks))])
+        return FileRecord(path, len(file), _digest(path, crcs)), file
+
+    def _filled(self, values: NDArray[Any]) -> Iterator[NDArray[np.uint8]]:
+        """The bytes of each chunk, where they are if they can be used like that."""
+        each = self.chunk_shape[0]
+        for number in range(self.needed(len(values))):
             rows = np.ascontiguousarray(values[number * each : (number + 1) * each], self.part.dtype)
             if len(rows) < each:
                 filling = np.full((each - len(rows), *self.chunk_shape[1:]), self.part.fill, self.part.dtype)
                 rows = np.concatenate([rows, filling])
-            chunk[:-_CRC] = rows.reshape(-1).view(np.uint8)
-            crcs[number] = crc32c(chunk[:-_CRC])
-        framed[:, -_CRC:] = crcs.view(np.uint8).reshape(present, _CRC)
-        return FileRecord(path, file.size, _digest(path, crcs)), file.tobytes()
+            yield rows.reshape(-1).view(np.uint8)
 
 
 def layout_of(part: Part, grid: Grid) -> Layout:
@@ -132,9 +135,16 @@ def framed_chunks(raw: NDArray[np.uint8], layout: Layout, record: FileRecord) ->
     return framed
 
 
-def require_chunk(framed: NDArray[np.uint8], chunk: int, path: str) -> None:
-    """Raises `CorruptionError` unless a chunk has the checksum that follows it."""
-    stored = int(framed[-_CRC:].copy().view("<u4")[0])
-    found = crc32c(framed[:-_CRC])
-    if found != stored:
-        raise CorruptionError(path, f"chunk {chunk} must have crc32c {stored:08x}", f"{found:08x}", RESTORE)
+def require_chunks(framed: NDArray[np.uint8], numbers: NDArray[np.int64], path: str) -> None:
+    """Raises `CorruptionError` unless chunks of a file have the checksums that follow them.
+
+    Args:
+        framed: all chunks of the file, as `framed_chunks` gives them.
+        numbers: which of them are looked at.
+        path: the file's, below the root.
+    """
+    stored = framed[numbers, -_CRC:].view("<u4")[:, 0].tolist()
+    for number, expected in zip(numbers.tolist(), stored, strict=True):
+        found = crc32c(framed[number, :-_CRC])
+        if found != expected:
+            raise CorruptionError(path, f"chunk {number} must have crc32c {expected:08x}", f"{found:08x}", RESTORE)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from teacher_cache.storage.base import COUNT, OFFSETS, Grid, Group
 from teacher_cache.storage.files import RESTORE, FileRecord
 from teacher_cache.storage.mapped_array import MappedArray
 from teacher_cache.storage.ragged import pad, places_of
+from teacher_cache.storage.root import Root
 from teacher_cache.storage.zarr_files import layout_of
 
 OFFSETS_PART = Part(OFFSETS, "uint32", ())
@@ -37,7 +37,7 @@ class ZarrGroup:
     """Rows of all shards of a group; what is touched is mapped and verified."""
 
     def __init__(
-        self, root: Path, group: Group, grid: Grid, records_of: Callable[[int], Mapping[str, FileRecord]]
+        self, root: Root, group: Group, grid: Grid, records_of: Callable[[int], Mapping[str, FileRecord]]
     ) -> None:
         self._root, self._group, self._grid, self._records_of = root, group, grid, records_of
         self._parts = {part.name: part for part in (*group.parts, *arrays_of(group))}

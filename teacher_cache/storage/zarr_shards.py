@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import zarr
 from zarr.abc.buffer import Buffer
@@ -21,6 +20,7 @@ from teacher_cache.errors import CorruptionError
 from teacher_cache.storage.base import OFFSETS, Grid, Group
 from teacher_cache.storage.files import FileRecord
 from teacher_cache.storage.ragged import flatten, lengths_of, offsets_of, require_room
+from teacher_cache.storage.root import Root
 from teacher_cache.storage.zarr_files import layout_of
 from teacher_cache.storage.zarr_groups import ZarrGroup, arrays_of, shard_path
 
@@ -86,11 +86,11 @@ class ZarrStore:
         ]
 
     def damage(
-        self, root: Path, group: Group, shard: int, records: Mapping[str, FileRecord]
+        self, root: Root, group: Group, shard: int, records: Mapping[str, FileRecord]
     ) -> Iterator[CorruptionError]:
         """Every chunk of every part; where all are sound, whether ragged parts agree with their offsets."""
         yield from self.open_group(root, group, lambda _: records).damage(shard)
 
-    def open_group(self, root: Path, group: Group, records_of: Callable[[int], Mapping[str, FileRecord]]) -> ZarrGroup:
+    def open_group(self, root: Root, group: Group, records_of: Callable[[int], Mapping[str, FileRecord]]) -> ZarrGroup:
         """Maps files when their rows are first asked for."""
         return ZarrGroup(root, group, self.grid, records_of)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from teacher_cache.errors import TeacherError
 from teacher_cache.fingerprint import fingerprint
-from teacher_cache.spec import HEAD_INPUT, FeatureHead, FieldSpec, NormalizeSpec
+from teacher_cache.spec import HEAD_INPUT, FeatureHead, FieldSpec, NormalizeSpec, base_of
 from teacher_cache.views import normalize
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -35,7 +35,7 @@ class TorchTeacher:
         Args:
             module: images float [B, C, H, W] to logits [B, K].
             identity: what names the module (reference, arguments, digest of the weights).
-            fields: `logits`, `feature:<node>` with its pooling, `attention:<node>`.
+            fields: `logits`, `feature:<node>` with its pooling, `attention:<node>`; each may have an `@label`.
             normalize: applied to views scaled to 0..1.
             precision: `fp32`, or autocast to `bf16` or `fp16`.
             channels_last: memory format of weights and inputs.
@@ -48,21 +48,19 @@ class TorchTeacher:
         self._normalize, self.precision, self._device = normalize, precision, torch.device(device)
         self._fields = dict(fields)
         self._tapped: dict[str, Tensor] = {}
-        for name in self._fields:
-            if name != "logits":
-                self._tap(name)
+        for name in sorted({base_of(field) for field in self._fields} - {"logits"}):
+            self._tap(name)
         wanted = self._fields["logits"].encoding if "logits" in self._fields else None
         self.head = self._tap_head(wanted) if isinstance(wanted, FeatureHead) else None
         """The linear layer whose inputs are answered as `HEAD_INPUT`, where its encoding asks for them."""
         self.fingerprint = fingerprint(
             "teacher",
-            1,
+            2,
             {
                 **identity,
                 "normalize": normalize.model_dump(mode="json") if normalize else None,
                 "precision": precision,
                 "channels_last": channels_last,
-                "pool": {name: field.pool for name, field in self._fields.items()},
             },
         )
 
@@ -130,13 +128,13 @@ class TorchTeacher:
             raise TeacherError("teacher.model", "must answer one tensor", type(logits).__name__, hint)
         outputs = {**self._tapped, "logits": logits}
         self._tapped.clear()
-        missing = [name for name in self._fields if name not in outputs]
+        missing = [name for name in self._fields if base_of(name) not in outputs]
         if missing:
             hint = "The node is not used in a forward pass; choose another."
             raise TeacherError(f"teacher.fields.{missing[0]}", "was never computed", missing[0], hint)
         answer = {
-            name: _attention(outputs[name]) if name.startswith("attention:") else _pooled(outputs[name], field)
-            for name, field in self._fields.items()
+            name: _attention(value) if name.startswith("attention:") else _pooled(value, field)
+            for name, field, value in ((name, field, outputs[base_of(name)]) for name, field in self._fields.items())
         }
         return {**answer, HEAD_INPUT: outputs[HEAD_INPUT].float()} if self.head is not None else answer
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from toy_builds import committed
 
 import teacher_cache as tc
 from teacher_cache.plan import first_views, open_parts, worker_count
@@ -72,7 +73,7 @@ def bytes_per_row(data: dict[str, Any], folder: Path) -> dict[str, float]:
             small["teacher"] = {**data["teacher"], "fields": {"logits": {"encoding": encoding}}}
             tc.build(parse(BuildSpec, small, "the benchmark"), "serial")
             cache = tc.open(path)
-            sizes = [r.size for files in cache.files.values() for r in files.values() if "/logits/" in r.path]
+            sizes = [r.size for files in committed(cache).values() for r in files.values() if "/logits/" in r.path]
             found[f"{store} {name}"] = sum(sizes) / len(cache)
     return found
 

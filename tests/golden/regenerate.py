@@ -131,7 +131,7 @@ def main() -> None:
         tc.build(golden_spec(name, path), executor="serial")
         cache = tc.open(path)
         np.savez(HERE / f"{name}.npz", **stored(cache))
-        text = json.dumps({"keys": cache.samples.keys, "labels": cache.labels.tolist(), "content": cache.samples.content.tolist(), "identity": cache.manifest.identity.model_dump()}, indent=1)
+        text = json.dumps({"keys": list(cache.samples.keys), "labels": cache.labels.tolist(), "content": cache.samples.content.tolist(), "identity": cache.manifest.first.identity.model_dump()}, indent=1)
         (HERE / f"{name}.json").write_text(text + "\n")
     freeze()
 
