@@ -84,11 +84,13 @@ def is_lease(name: str) -> bool:
 
 def sweep(root: Root) -> None:
     """Removes from a sealed cache what builders that are gone have left: nothing is claimed there any more."""
-    live = {builder.id for builder in at_work(root)}
+    live, held = {builder.id for builder in at_work(root)}, set(claims(root))
     for folder in (CLAIMS, BUILDERS):
         for name in list(root.names(f"{folder}/")):
+            # A dead builder's claim that a live one follows is the beginning of the live one's chain.
+            followed = folder == CLAIMS and name.rpartition("/")[2].partition(".")[0] in held
             builder = Builder.from_bytes(_read(root, name))
-            if builder is None or builder.id not in live:
+            if not followed and (builder is None or builder.id not in live):
                 root.remove(name)
     _remove_unfinished(root)
     for folder in (CLAIMS, BUILDERS):

@@ -64,10 +64,9 @@ class Cache:
         """
         self.root: Root = path if isinstance(path, Root) else open_root(path, None if copies is None else Path(copies))
         self._source_spec, self._maps, self._sealed = source, None if maps is None else Path(maps), sealed
-        self.manifest: Manifest = read_manifest(self.root)
-        if sealed:
-            self.manifest = self._without_open()
-        self.samples = self._read_samples()
+        self.manifest: Manifest
+        self.samples: Samples
+        self._read_authority()
         # Opened again, it must not remember.
         for name in ("_learned", "_fields", "totals", "_encodings", "moved"):
             self.__dict__.pop(name, None)
@@ -79,23 +78,25 @@ class Cache:
         self._groups: dict[tuple[str, int], list[tuple[Index, Group]]] = {}
         self._readers: OrderedDict[str, GroupReader] = OrderedDict()
 
-    def _without_open(self) -> Manifest:
-        manifest = self.manifest.sealed()
+    def _without_open(self, now: Manifest) -> Manifest:
+        manifest = now.sealed()
         if manifest is None:
             hint = "Finish the build: teacher-cache build CONFIG goes on where it stopped."
             raise CacheNotFoundError(self.root.url, "must have a part that is sealed", "its first is being built", hint)
         return manifest
 
-    def _read_samples(self) -> Samples:
-        """The sample table of the manifest; a build that seals meanwhile replaces both."""
+    def _read_authority(self) -> None:
+        """The manifest and the table of tombstones that it names; a build that seals meanwhile replaces both."""
+        now = read_manifest(self.root)
         while True:
+            self.manifest = self._without_open(now) if self._sealed else now
             try:
-                return Samples(self.root, self.manifest)
+                self.samples = Samples(self.root, self.manifest)
+                return
             except CacheError:
-                now = read_manifest(self.root)
-                if self._sealed or now == self.manifest:
+                before, now = now, read_manifest(self.root)
+                if now == before:
                     raise
-                self.manifest = now
 
     def __getstate__(self) -> dict[str, Any]:
         return {"path": absolute(self.root), "source": self._source_spec, "maps": self._maps, "sealed": self._sealed}
@@ -374,6 +375,9 @@ class Cache:
         self, field: str, part: str, view: int, rows: NDArray[np.int64], out: NDArray[Any] | None
     ) -> NDArray[Any]:
         blocks = self._blocks(field, view)
+        if not blocks:
+            hint = "Build it: teacher-cache build CONFIG adds what is missing."
+            raise HoleError(f"{field or 'proof'}, view {view}", "must be part of the cache's plan", "no row", hint)
         self._require_committed(field, view, rows, blocks)
         if len(blocks) == 1:
             index, group = blocks[0]

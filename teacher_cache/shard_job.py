@@ -80,12 +80,10 @@ def open_job(root: Root, manifest: Manifest, opened: Opened, hold: Hold | None =
     """A job for the addition that is being built, from parts that are already open."""
     addition = manifest.open_addition
     assert addition is not None, "a build has begun it"
-    before = manifest.sealed()
-    if before is None:
-        return job_of(root, addition, opened, hold)
-    known = Cache(root, sealed=True)
-    items = KnownItems(opened.source, known.samples)
-    loader = ViewLoader(opened.recipe, opened.digests, items, manifest.stops)
+    known = Cache(root, sealed=True) if manifest.sealed() is not None else None
+    item = opened.source.item if known is None else KnownItems(opened.source, known.samples)
+    # The source may have grown since the addition was begun: partners come from the rows of the plan.
+    loader = ViewLoader(opened.recipe, opened.digests[: manifest.rows], item, manifest.stops)
     return job_of(root, addition, replace(opened, loader=loader), hold, known)
 
 

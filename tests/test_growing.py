@@ -496,21 +496,9 @@ def _committed_since(cache: tc.Cache, additions: int) -> int:
     return found
 
 
-GIVES_UP = pytest.mark.xfail(
-    strict=True,
-    raises=CorruptionError,
-    reason="Cache._read_samples gives up with sealed=True where a build seals between manifest and tombstones",
-)
-
-
 class TestBesideOthers:
     """What else may happen on the same folder while a cache grows, or after a builder died there."""
 
-    @pytest.mark.xfail(
-        strict=True,
-        raises=AssertionError,
-        reason="lease.sweep removes the dead builder's claim that the leader's own follows: its chain ends",
-    )
     def test_no_claim_stays(self, data: Data, tmp_path: Path) -> None:
         """The leader took over from one that was killed; sealing its first addition does not cost it the lead."""
         grown(Wish().spec(tmp_path / "cache", data))
@@ -578,7 +566,7 @@ class TestBesideOthers:
         require_exactly(now, Wish(14, 3).atoms, whole)
         require_exactly(before.again(), Wish(14, 3).atoms, whole)
 
-    @pytest.mark.parametrize("sealed", [False, pytest.param(True, marks=GIVES_UP)])
+    @pytest.mark.parametrize("sealed", [False, True])
     def test_sealed_between_manifest_and_tables(
         self, sealed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -780,11 +768,6 @@ class TestMixing:
             assert all((ours == theirs).all() for theirs in others), view
             assert all((partners(caches[0], view) == partners(cache, view)).all() for cache in caches)
 
-    @pytest.mark.xfail(
-        strict=True,
-        raises=AssertionError,
-        reason="shard_job.open_job lets a first addition draw partners from all rows that the source has now",
-    )
     @pytest.mark.parametrize("stop", [1, 7])
     def test_the_source_grew_while_an_addition_was_open(self, stop: int, data: Data, tmp_path: Path) -> None:
         """What goes on is the addition as it was begun: its partners are of its own rows."""
@@ -1076,7 +1059,6 @@ class TestReading:
         with pytest.raises(HoleError, match="other/logits, view 2"):
             next(iter(stream))
 
-    @pytest.mark.xfail(strict=True, raises=IndexError, reason="Cache._gather_from takes its shape from the first block")
     def test_no_rows_of_a_view_that_a_field_has_not(self, grown_cache: Path) -> None:
         """Nothing is asked for, and nothing is there."""
         with pytest.raises(HoleError, match="other/logits, view 2"):
