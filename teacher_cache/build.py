@@ -86,6 +86,9 @@ def build(
 
 
 def _tidy(root: Root, manifest: Manifest) -> None:
+    # Another build may have begun to add to it since: its temporary files and receipts are no leftovers.
+    if at_work(root) or read_manifest(root) != manifest:
+        return
     if isinstance(root, LocalRoot):
         remove_temporary(root.path)
     clear_superseded(root, manifest)

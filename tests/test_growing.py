@@ -510,11 +510,6 @@ class TestBesideOthers:
         grow(spec)
         assert not [name for name in tree(tmp_path / "cache") if is_lease(name)]
 
-    @pytest.mark.xfail(
-        strict=True,
-        raises=AssertionError,
-        reason="build._tidy clears without the lead: it takes the receipts of an addition begun meanwhile",
-    )
     def test_nothing_to_do_disturbs_nobody(self, data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Between the look at the manifest and the end of a build that has nothing to do another begins to grow it."""
         path, small, build_module = tmp_path / "cache", Wish(), importlib.import_module("teacher_cache.build")
