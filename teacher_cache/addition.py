@@ -10,6 +10,9 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Any, Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from teacher_cache.encodings import Encoding, Part, Shared, open_encoding
 from teacher_cache.encodings.calibration import Calibration
 from teacher_cache.fingerprint import fingerprint
@@ -74,6 +77,11 @@ class Extent(Strict):
         """The row after the last."""
         return self.first_row + self.rows
 
+    def holds(self, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Which of these rows are in it."""
+        found: NDArray[np.bool_] = (rows >= self.first_row) & (rows < self.stop_row)
+        return found
+
     @property
     def view_numbers(self) -> range:
         """The views, by their numbers in the recipe."""
@@ -137,6 +145,11 @@ class Addition(Strict):
     def shard_of(self, row: int) -> int:
         """The shard that a row of the cache is in."""
         return (row - self.extent.first_row) // self.store.shard_rows
+
+    def shards_of(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The shards that rows of the cache are in; those of rows that it does not hold are no shards."""
+        found: NDArray[np.int64] = (rows - self.extent.first_row) // self.store.shard_rows
+        return found
 
     @cached_property
     def encodings(self) -> dict[str, Encoding]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -13,11 +14,10 @@ from teacher_cache.errors import MismatchError, SpecError
 from teacher_cache.extents import missing
 from teacher_cache.lease import is_lease
 from teacher_cache.manifest import MANIFEST, Manifest, Segment, read_manifest, write_manifest
-from teacher_cache.plan import Opened, Prospect, draft, first_views, prospect, whole_extent
+from teacher_cache.plan import Opened, Prospect, draft, first_views, named_source, prospect, whole_extent
 from teacher_cache.proof import reference_count, write_references
 from teacher_cache.samples import write_samples
 from teacher_cache.seal import clear_tables
-from teacher_cache.sources import source_fingerprints
 from teacher_cache.storage import open_store
 from teacher_cache.storage.root import Root
 from teacher_cache.tables import named_table, read_columns
@@ -122,19 +122,35 @@ def prepare(root: Root, opened: Opened) -> Beginning:
         SpecError: the folder holds something else, or the views cannot be made twice.
     """
     found = found_manifest(root)
+    named = named_source(opened.source, found)
     if found is not None:
-        _require_source(found, opened)
-    seen = prospect(opened, found)
+        _require_source(found, opened, named)
+    seen = prospect(opened, named, found)
     if found is not None:
         _require_same(root, found, seen)
     else:
         _beginning(root)
-    spec = seen.opened.spec
-    left = missing(found, len(opened.source), spec.views.count, spec.teacher.name, seen.fields)
+    left = _left(seen)
     for extent in left:
         # Refuses what no store has room for, before anything is written.
         draft(seen, extent)
-    return Beginning(found, seen, tuple(left), None if found is not None else _kept(opened, seen))
+    return Beginning(found, seen, left, None if found is not None else _kept(opened, seen))
+
+
+def go_on(root: Root, opened: Opened, beginning: Beginning) -> Beginning:
+    """What is left when an addition is sealed: the teacher, whom a look costs, is not looked at again."""
+    found = read_manifest(root)
+    if found.state == "building":
+        # Another builder has begun it, and may have been asked for something else.
+        return prepare(root, opened)
+    seen = replace(beginning.seen, found=found)
+    return Beginning(found, seen, _left(seen))
+
+
+def _left(seen: Prospect) -> tuple[Extent, ...]:
+    spec = seen.opened.spec
+    rows = len(seen.opened.source)
+    return tuple(missing(seen.found, rows, spec.views.count, spec.teacher.name, seen.fields))
 
 
 def _kept(opened: Opened, seen: Prospect) -> Kept:
@@ -146,14 +162,13 @@ def _kept(opened: Opened, seen: Prospect) -> Kept:
     return Kept(rows, numbers, pixels)
 
 
-def _require_source(found: Manifest, opened: Opened) -> None:
+def _require_source(found: Manifest, opened: Opened, named: Mapping[int, str]) -> None:
     """The cache's rows must be the source's first."""
     source = opened.source
     rule = f"must begin with the {found.rows} samples of the cache"
     if len(source) < found.rows:
         raise MismatchError("source", rule, f"{len(source)} samples", _HINTS["source"])
-    (ours,) = source_fingerprints(source, [found.rows])
-    theirs = found.segments[-1].source
+    ours, theirs = named[found.rows], found.segments[-1].source
     if ours != theirs:
         raise MismatchError("source", f"{rule}, fingerprint {theirs}", ours, _HINTS["source"])
 

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from teacher_cache.addition import Addition
-from teacher_cache.begin import Beginning, begin, found_manifest, prepare
+from teacher_cache.begin import Beginning, begin, found_manifest, go_on, prepare
 from teacher_cache.build_report import BuildReport, report_of
 from teacher_cache.builder import Builder
 from teacher_cache.claims import Claims
@@ -103,7 +103,7 @@ def _build(
         manifest = _enlist(root, opened, beginning, lease)
         if manifest.state == "building":
             seconds += _add(root, opened, manifest, lease, executor, counter)
-        beginning = prepare(root, opened)
+        beginning = go_on(root, opened, beginning)
     return report_of(root, beginning, counter.shards, counter.built, seconds)
 
 

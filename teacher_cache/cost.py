@@ -10,7 +10,16 @@ import torch
 from teacher_cache.addition import Addition
 from teacher_cache.encodings import row_bytes
 from teacher_cache.encodings.calibration import Calibration
-from teacher_cache.plan import Opened, draft, first_views, open_parts, prospect, whole_extent, worker_count
+from teacher_cache.plan import (
+    Opened,
+    draft,
+    first_views,
+    named_source,
+    open_parts,
+    prospect,
+    whole_extent,
+    worker_count,
+)
 from teacher_cache.spec import BuildSpec
 from teacher_cache.teachers import padded
 
@@ -56,7 +65,7 @@ def estimate(spec: BuildSpec, micro_batches: int = 3) -> Cost:
     torch.set_num_threads(spec.compute.threads)
     try:
         opened = open_parts(spec)
-        seen = prospect(opened)
+        seen = prospect(opened, named_source(opened.source, None))
         addition = draft(seen, whole_extent(seen)).addition
         size: int = addition.spec["teacher"]["micro_batch"]
         teacher_seconds, render_seconds = _time(opened, size, micro_batches)

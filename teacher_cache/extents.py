@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from itertools import groupby
 
 from teacher_cache.addition import Extent
-from teacher_cache.manifest import Manifest, Segment
+from teacher_cache.manifest import Manifest
 
 
 def missing(manifest: Manifest | None, rows: int, views: int, teacher: str, fields: tuple[str, ...]) -> list[Extent]:
@@ -22,21 +22,17 @@ def missing(manifest: Manifest | None, rows: int, views: int, teacher: str, fiel
     Returns:
         Blocks of one segment each; rows that the cache does not know are a segment of their own.
     """
-    segments = [] if manifest is None else [(stop - s.rows, s.rows) for s, stop in _with_stops(manifest)]
-    known = sum(count for _, count in segments)
+    spans = [] if manifest is None else list(manifest.spans)
+    known = 0 if manifest is None else manifest.rows
     if rows > known:
-        segments.append((known, rows - known))
-    return [extent for segment in segments for extent in _of_segment(manifest, segment, views, teacher, fields)]
-
-
-def _with_stops(manifest: Manifest) -> Iterator[tuple[Segment, int]]:
-    return zip(manifest.segments, manifest.stops, strict=True)
+        spans.append((known, rows))
+    return [extent for span in spans for extent in _of_segment(manifest, span, views, teacher, fields)]
 
 
 def _of_segment(
-    manifest: Manifest | None, segment: tuple[int, int], views: int, teacher: str, fields: tuple[str, ...]
+    manifest: Manifest | None, span: tuple[int, int], views: int, teacher: str, fields: tuple[str, ...]
 ) -> Iterator[Extent]:
-    first_row, rows = segment
+    first_row, stop_row = span
     there = [item.extent for item in manifest.additions if item.extent.first_row == first_row] if manifest else []
 
     def left(view: int) -> tuple[tuple[str, ...], bool]:
@@ -50,7 +46,7 @@ def _of_segment(
         if wanted:
             yield Extent(
                 first_row=first_row,
-                rows=rows,
+                rows=stop_row - first_row,
                 first_view=numbers[0],
                 views=len(numbers),
                 teacher=teacher,

@@ -12,9 +12,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from teacher_cache.addition import Addition
+from teacher_cache.addition import Addition, Totals
 from teacher_cache.errors import CorruptionError
-from teacher_cache.receipts import Receipt, committed_shards, read_receipt, receipt_path
+from teacher_cache.receipts import Receipt, add_up, committed_shards, read_receipt, receipt_path
 from teacher_cache.storage import FileRecord, Store, open_store
 from teacher_cache.storage.parquet_tables import Strings
 from teacher_cache.storage.root import Root
@@ -28,7 +28,6 @@ _VIEWS_KEPT, _RECEIPTS_KEPT = 16, 1024
 class _Table(NamedTuple):
     """The files of one view, shard after shard in the order of the plan."""
 
-    shards: NDArray[np.int64]
     paths: Strings
     sizes: NDArray[np.int64]
     digests: Strings
@@ -63,6 +62,23 @@ class Index:
             everything = np.ones(self.addition.grid.shards, np.bool_)
             self._shards[view] = everything if self.sealed else committed_shards(self._root, self.addition, view)
         return self._shards[view]
+
+    @property
+    def complete(self) -> bool:
+        """Whether every shard is committed."""
+        return self.sealed or all(bool(self.shards(view).all()) for view in self.views)
+
+    def committed(self, view: int, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Which of these rows are in a committed shard of a view, [rows]."""
+        inside = self.addition.extent.holds(rows)
+        found: NDArray[np.bool_] = inside & self.shards(view)[np.where(inside, self.addition.shards_of(rows), 0)]
+        return found
+
+    def totals(self) -> Totals:
+        """What the build met; of the shards that are committed, while it runs."""
+        if self.addition.totals is not None:
+            return self.addition.totals
+        return add_up(self.addition, (self.receipt(view, shard) for view, shard in self.places()))
 
     def places(self) -> Iterator[tuple[int, int]]:
         """Every (view, shard) that is committed, in order."""
@@ -103,7 +119,7 @@ class Index:
         paths, digests = columns["path"], columns["digest"]
         assert isinstance(paths, Strings)
         assert isinstance(digests, Strings)
-        return _Table(named, paths, np.asarray(columns["size"]), digests)
+        return _Table(paths, np.asarray(columns["size"]), digests)
 
 
 def planned_files(addition: Addition, store: Store, view: int, shard: int) -> list[str]:

@@ -84,6 +84,11 @@ class Manifest(Strict):
         return tuple(np.cumsum([segment.rows for segment in self.segments]).tolist())
 
     @property
+    def spans(self) -> tuple[tuple[int, int], ...]:
+        """First row of each segment and the row after its last."""
+        return tuple((stop - segment.rows, stop) for segment, stop in zip(self.segments, self.stops, strict=True))
+
+    @property
     def class_names(self) -> tuple[str, ...] | None:
         """In the order of the class numbers."""
         return self.first.class_names
@@ -128,7 +133,7 @@ class Manifest(Strict):
             return self
         kept = self.additions[:-1]
         rows = max((item.extent.stop_row for item in kept), default=0)
-        segments = tuple(s for s, stop in zip(self.segments, self.stops, strict=True) if stop <= rows)
+        segments = tuple(s for s, (_, stop) in zip(self.segments, self.spans, strict=True) if stop <= rows)
         return self.model_copy(update={"additions": kept, "segments": segments}) if kept else None
 
     def with_last(self, **changes: Any) -> Manifest:
@@ -186,10 +191,10 @@ def _require_whole(manifest: Manifest) -> None:
         raise ValueError("additions and segments must not be empty")
     if min(segment.rows for segment in manifest.segments) < 1:
         raise ValueError(f"segments must have rows, found {[segment.rows for segment in manifest.segments]}")
-    starts = dict(zip((0, *manifest.stops), (segment.rows for segment in manifest.segments), strict=False))
+    spans = set(manifest.spans)
     for number, addition in enumerate(manifest.additions):
-        if starts.get(addition.extent.first_row) != addition.rows:
-            raise ValueError(f"additions must cover a segment each, found rows {addition.extent} in {starts}")
+        if (addition.extent.first_row, addition.extent.stop_row) not in spans:
+            raise ValueError(f"additions must cover a segment each, found rows {addition.extent} in {sorted(spans)}")
         if addition.state == "building" and number < len(manifest.additions) - 1:
             raise ValueError("all additions but the last must be sealed")
         for name in _SHARED:

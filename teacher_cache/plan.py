@@ -127,11 +127,19 @@ class Prospect:
         return [item for item in self.found.additions if item.teacher == name] if self.found else []
 
 
-def prospect(opened: Opened, found: Manifest | None = None) -> Prospect:
+def named_source(source: Source, found: Manifest | None) -> dict[int, str]:
+    """Fingerprints of the source's rows up to the end of each segment of a cache, and of all of them."""
+    ends = () if found is None else found.stops
+    stops = sorted({*(stop for stop in ends if stop <= len(source)), len(source)})
+    return dict(zip(stops, source_fingerprints(source, stops), strict=True))
+
+
+def prospect(opened: Opened, named: Mapping[int, str], found: Manifest | None = None) -> Prospect:
     """Looks at the teacher's answers to one micro-batch, and decides what was left open.
 
     Args:
         opened: the parts of the build.
+        named: the source's fingerprints, from `named_source`.
         found: a manifest that is there already; what it chose from the same wishes is not chosen again.
 
     Raises:
@@ -151,10 +159,7 @@ def prospect(opened: Opened, found: Manifest | None = None) -> Prospect:
     opened = replace(opened, spec=opened.spec.model_copy(update={"teacher": teacher}))
     chosen = _chosen(opened, wanted, shapes, before)
     _check_fields(opened.spec, chosen.fields, shapes)
-    stops = sorted({*(() if found is None else found.stops), len(opened.source)})
-    stops = [stop for stop in stops if stop <= len(opened.source)]
-    source = dict(zip(stops, source_fingerprints(opened.source, stops), strict=True))
-    return Prospect(opened, shape, shapes, chosen, asked, source, found)
+    return Prospect(opened, shape, shapes, chosen, asked, named, found)
 
 
 def whole_extent(seen: Prospect) -> Extent:

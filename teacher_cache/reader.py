@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -17,15 +16,16 @@ from teacher_cache.addition import Addition, Totals
 from teacher_cache.cached_views import CachedViews
 from teacher_cache.encodings import Encoding, Target, fidelity
 from teacher_cache.errors import CacheError, CacheNotFoundError, CorruptionError, HoleError, MismatchError, SpecError
+from teacher_cache.gather import PROOF, Gatherer, Wanted
 from teacher_cache.index import Index
 from teacher_cache.loader import Decoded, ViewLoader
 from teacher_cache.manifest import Manifest, read_manifest
 from teacher_cache.proof import Difference, Tolerance, check, measure
-from teacher_cache.receipts import add_up
 from teacher_cache.samples import Samples
 from teacher_cache.sources import Item, Source
 from teacher_cache.spec import BuildSpec, SourceSpec, parse
-from teacher_cache.storage import FileRecord, Group, GroupReader, absolute, open_maps, open_store
+from teacher_cache.storage import absolute
+from teacher_cache.storage.local_root import LocalRoot
 from teacher_cache.storage.root import Root, open_root
 from teacher_cache.tables import read_constants
 from teacher_cache.views import Recipe, Views
@@ -33,6 +33,19 @@ from teacher_cache.views.student_size import Resized
 
 Rows = Sequence[int] | NDArray[np.int64]
 T = TypeVar("T")
+
+
+class _Field(NamedTuple):
+    """What stands behind a name that `read` takes."""
+
+    wanted: Wanted
+    first: Addition
+    """The first of the additions that hold it: all keep it alike."""
+
+    @property
+    def encoding(self) -> Encoding:
+        """Its encoding as far as its name and its parts."""
+        return self.first.encodings[self.wanted.field]
 
 
 class Cache:
@@ -60,7 +73,7 @@ class Cache:
         Raises:
             CacheError: there is no cache, or its manifest or tables cannot be trusted; with `sealed` also where its
                 first addition is still being built.
-            SpecError: `maps` for a Zarr cache, which is mapped as it is.
+            SpecError: `maps` for a Zarr cache, which is mapped as it is; `copies` for a folder of this machine.
         """
         self.root: Root = path if isinstance(path, Root) else open_root(path, None if copies is None else Path(copies))
         self._source_spec, self._maps, self._sealed = source, None if maps is None else Path(maps), sealed
@@ -70,13 +83,15 @@ class Cache:
         # Opened again, it must not remember.
         for name in ("_learned", "_fields", "totals", "_encodings", "moved"):
             self.__dict__.pop(name, None)
+        if copies is not None and isinstance(self.root, LocalRoot):
+            hint = "Leave it out: the files are used where they are."
+            raise SpecError("copies", "is for a cache at s3://bucket/prefix", copies, hint)
         self._views = CachedViews(self)
         if self._maps is not None and self.manifest.store.kind != "parquet":
             raise SpecError("maps", "is for Parquet: Zarr is mapped as it is", self._maps, "Leave it out.")
         self.indices = tuple(Index(self.root, addition) for addition in self.manifest.additions)
         """What is committed of each addition."""
-        self._groups: dict[tuple[str, int], list[tuple[Index, Group]]] = {}
-        self._readers: OrderedDict[str, GroupReader] = OrderedDict()
+        self._gatherer = Gatherer(self.root, self.indices, self.samples, self._maps)
 
     def _without_open(self, now: Manifest) -> Manifest:
         manifest = now.sealed()
@@ -130,51 +145,48 @@ class Cache:
 
     def views_of(self, field: str) -> int:
         """How many views, from the first on, of all rows a field was planned for."""
-        teacher, name = self._named(field)
-        stop = self.views
-        for segment_stop, segment in zip(self.manifest.stops, self.manifest.segments, strict=True):
-            first_row = segment_stop - segment.rows
-            there = {
-                view
-                for item in self.manifest.additions
-                if item.extent.first_row == first_row and item.teacher == teacher and name in item.fields
-                for view in item.view_numbers
-            }
-            stop = next((view for view in range(stop) if view not in there), stop)
+        wanted, stop = self._named(field).wanted, self.views
+        for span in self.manifest.spans:
+            here = [item for item in self.manifest.additions if (item.extent.first_row, item.extent.stop_row) == span]
+            stop = next((v for v in range(stop) if all(wanted.group_of(item, v) is None for item in here)), stop)
         return stop
 
     @cached_property
-    def _fields(self) -> dict[str, tuple[str, str]]:
-        """The teacher and the field behind each name that `read` takes."""
-        first = self.manifest.teachers[0]
-        pairs = dict.fromkeys((item.teacher, field) for item in self.manifest.additions for field in item.fields)
-        return {field if teacher == first else f"{teacher}/{field}": (teacher, field) for teacher, field in pairs}
+    def _fields(self) -> dict[str, _Field]:
+        """What stands behind each name that `read` takes."""
+        first, found = self.manifest.teachers[0], dict[str, _Field]()
+        for item in self.manifest.additions:
+            for field in item.fields:
+                name = field if item.teacher == first else f"{item.teacher}/{field}"
+                found.setdefault(name, _Field(Wanted(item.teacher, field, name), item))
+        return found
 
     @property
     def fields(self) -> tuple[str, ...]:
         """The names that `read` takes: the first teacher's fields, and `teacher/field` of others."""
         return tuple(self._fields)
 
-    def _named(self, field: str) -> tuple[str, str]:
-        teacher, _, name = field.rpartition("/")
-        pair = self._fields.get(name if teacher == self.manifest.teachers[0] else field)
-        if pair is None:
+    def _named(self, field: str) -> _Field:
+        found = self._fields.get(field) or self._fields.get(field.removeprefix(f"{self.manifest.teachers[0]}/"))
+        if found is None:
             hint = f"This cache holds: {', '.join(self.fields)}."
             raise MismatchError("field", "must be one that the cache holds", field, hint)
-        return pair
+        return found
 
     def additions_of(self, field: str) -> list[Addition]:
         """The additions that hold a field, in the order in which they came."""
-        teacher, name = self._named(field)
+        teacher, name, _ = self._named(field).wanted
         return [item for item in self.manifest.additions if item.teacher == teacher and name in item.fields]
 
     def shape_of(self, field: str) -> tuple[int, ...]:
         """The shape of one row of a field before encoding."""
-        return self.additions_of(field)[0].field_shapes[self._named(field)[1]]
+        found = self._named(field)
+        return found.first.field_shapes[found.wanted.field]
 
     def encoding_of(self, field: str) -> Encoding:
         """How a field is kept, with what its rows share."""
-        return self._encoding(self.additions_of(field)[0], self._named(field)[1])
+        found = self._named(field)
+        return self._encoding(found.first, found.wanted.field)
 
     @property
     def teachers(self) -> tuple[str, ...]:
@@ -208,14 +220,14 @@ class Cache:
             start, stop = index.addition.span(shard)
             content[start:stop] = np.maximum(content[start:stop], receipt.content)
             reasons |= dict(receipt.tombstones)
-        self.samples.learn(content, reasons)
+        self.samples.learn(reasons, content)
         self.__dict__["_learned"] = True
 
     @cached_property
     def totals(self) -> Totals:
         """What was met while building; of the shards that are committed, while a build runs."""
         self._as_it_is(self._learn)
-        found = self._as_it_is(lambda: [self._totals_of(index) for index in self.indices])
+        found = self._as_it_is(lambda: [index.totals() for index in self.indices])
         kept: dict[str, list[dict[str, float]]] = {}
         for index, item in zip(self.indices, found, strict=True):
             for field, figures in item.fidelity.items():
@@ -229,30 +241,21 @@ class Cache:
             fidelity={field: fidelity.merged(figures) for field, figures in kept.items()},
         )
 
-    @staticmethod
-    def _totals_of(index: Index) -> Totals:
-        if index.addition.totals is not None:
-            return index.addition.totals
-        return add_up(index.addition, (index.receipt(view, shard) for view, shard in index.places()))
-
     @property
     def complete(self) -> bool:
         """Whether every planned shard is committed."""
-        return all(index.sealed or self._has_all(index) for index in self.indices)
-
-    @staticmethod
-    def _has_all(index: Index) -> bool:
-        return all(bool(index.shards(view).all()) for view in index.addition.view_numbers)
+        return all(index.complete for index in self.indices)
 
     def is_committed(self, view: int, row: int) -> bool:
         """Whether the proof of a view of a row is there."""
-        return any(bool(self._committed(index, view, np.array([row]))[0]) for index, _ in self._blocks("", view))
+        blocks = self._gatherer.blocks(PROOF, view)
+        return any(bool(block.index.committed(view, np.array([row]))[0]) for block in blocks)
 
     def is_alive(self, view: int, row: int) -> bool:
         """Whether a row has data, as far as its committed shard in a view knows."""
-        for index, _ in self._blocks("", view):
-            if not index.sealed and self._committed(index, view, np.array([row]))[0]:
-                self._learn_from(index, view, np.array([row]))
+        for block in self._gatherer.blocks(PROOF, view):
+            if not block.index.sealed:
+                self._gatherer.learn_from(block.index, view, np.array([row]))
         return row not in self.samples.reasons
 
     def __len__(self) -> int:
@@ -282,14 +285,12 @@ class Cache:
         self, field: str, view: int, rows: Rows, out: Mapping[str, NDArray[Any]] | None = None
     ) -> dict[str, NDArray[Any]]:
         """The stored arrays behind `read`, one [len(rows), ...] for each part of the encoding."""
-        parts = self._parts(field)
-        wanted = self._rows(rows, view)
+        found, numbers = self._named(field), self._rows(rows, view)
         into = {} if out is None else out
-        return {name: self._gather(field, name, view, wanted, into.get(name)) for name in parts}
-
-    def _parts(self, field: str) -> tuple[str, ...]:
-        addition = self.additions_of(field)[0]
-        return tuple(part.name for part in addition.encodings[self._named(field)[1]].parts)
+        return {
+            part.name: self._gather(found.wanted, part.name, view, numbers, into.get(part.name))
+            for part in found.encoding.parts
+        }
 
     def buffers(self, field: str, rows: int) -> dict[str, NDArray[Any]]:
         """Memory for so many rows of a field, to read into again and again: page-locked where there is a GPU.
@@ -298,20 +299,20 @@ class Cache:
             field: one of `fields`.
             rows: how many are read at a time.
         """
-        pinned, parts = torch.cuda.is_available(), self.additions_of(field)[0].encodings[self._named(field)[1]].parts
+        pinned, parts = torch.cuda.is_available(), self._named(field).encoding.parts
         sizes = {part.name: torch.empty(rows * part.row_bytes, dtype=torch.uint8, pin_memory=pinned) for part in parts}
         return {part.name: sizes[part.name].numpy().view(part.dtype).reshape(rows, *part.shape) for part in parts}
 
     def digests(self, view: int, rows: Rows) -> NDArray[np.uint64]:
         """The pixel digests that the teacher's views had, uint64 [len(rows)]."""
-        return self._gather("", "digest", view, self._rows(rows, view))
+        return self._gather(PROOF, "digest", view, self._rows(rows, view))
 
     def params(self, view: int, rows: Rows) -> NDArray[np.int32]:
         """The resolved parameters of the views, int32 [len(rows), P]; columns as in `manifest.param_names`."""
         wanted = self._rows(rows, view)
         if not self.manifest.param_names:
             return np.empty((len(wanted), 0), np.int32)
-        return self._gather("", "params", view, wanted)
+        return self._gather(PROOF, "params", view, wanted)
 
     def _rows(self, rows: Rows, view: int) -> NDArray[np.int64]:
         given = np.asarray(rows)
@@ -340,26 +341,10 @@ class Cache:
     def _encodings(self) -> dict[tuple[str, str, str], Encoding]:
         return {}
 
-    def _blocks(self, field: str, view: int) -> list[tuple[Index, Group]]:
-        """What holds a field (or a view's proof: an empty name) in one view, in the order of its rows."""
-        if (field, view) not in self._groups:
-            teacher, name = self._named(field) if field else ("", "")
-            found = []
-            for index in self.indices:
-                item = index.addition
-                if view not in item.view_numbers:
-                    continue
-                if not field and item.extent.proof:
-                    found.append((index, item.proof_group(view)))
-                elif field and item.teacher == teacher and name in item.fields:
-                    found.append((index, item.field_group(name, view)))
-            self._groups[field, view] = sorted(found, key=lambda block: block[0].addition.extent.first_row)
-        return self._groups[field, view]
-
     def _gather(
-        self, field: str, part: str, view: int, rows: NDArray[np.int64], out: NDArray[Any] | None = None
+        self, wanted: Wanted, part: str, view: int, rows: NDArray[np.int64], out: NDArray[Any] | None = None
     ) -> NDArray[Any]:
-        return self._as_it_is(lambda: self._gathered(field, part, view, rows, out))
+        return self._as_it_is(lambda: self._gatherer.gather(wanted, part, view, rows, out))
 
     def _as_it_is(self, look: Callable[[], T]) -> T:
         """Looks once more where a build has sealed, meanwhile, what was being built: its receipts are a table now."""
@@ -370,116 +355,6 @@ class Cache:
                 raise
         self.__init__(**self.__getstate__())  # type: ignore[misc]
         return look()
-
-    def _gathered(
-        self, field: str, part: str, view: int, rows: NDArray[np.int64], out: NDArray[Any] | None
-    ) -> NDArray[Any]:
-        blocks = self._blocks(field, view)
-        if not blocks:
-            hint = "Build it: teacher-cache build CONFIG adds what is missing."
-            raise HoleError(f"{field or 'proof'}, view {view}", "must be part of the cache's plan", "no row", hint)
-        self._require_committed(field, view, rows, blocks)
-        if len(blocks) == 1:
-            index, group = blocks[0]
-            first = index.addition.extent.first_row
-            gathered = self._opened(index, group, view).gather(part, rows - first if first else rows, out)
-        else:
-            gathered = self._gather_from(blocks, part, view, rows, out)
-        self._make_room()
-        return gathered
-
-    def _gather_from(
-        self,
-        blocks: list[tuple[Index, Group]],
-        part: str,
-        view: int,
-        rows: NDArray[np.int64],
-        out: NDArray[Any] | None,
-    ) -> NDArray[Any]:
-        """Rows of a cache that has grown: from the groups of several segments into one array."""
-        described = next(item for item in blocks[0][1].parts if item.name == part)
-        if out is None:
-            out = np.empty((len(rows), *described.shape), described.dtype)
-        for index, group in blocks:
-            extent = index.addition.extent
-            places = np.flatnonzero((rows >= extent.first_row) & (rows < extent.stop_row))
-            if len(places):
-                out[places] = self._opened(index, group, view).gather(part, rows[places] - extent.first_row)
-        return out
-
-    @staticmethod
-    def _committed(index: Index, view: int, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Which rows are in a committed shard of an addition."""
-        extent, shards = index.addition.extent, index.shards(view)
-        inside = (rows >= extent.first_row) & (rows < extent.stop_row)
-        places = np.where(inside, (rows - extent.first_row) // index.addition.store.shard_rows, 0)
-        found: NDArray[np.bool_] = inside & shards[places]
-        return found
-
-    def _require_committed(
-        self, field: str, view: int, rows: NDArray[np.int64], blocks: list[tuple[Index, Group]]
-    ) -> None:
-        covered = np.zeros(len(rows), np.bool_)
-        for index, _ in blocks:
-            # Of a sealed addition that covers all there is nothing to look up.
-            if index.sealed and index.addition.rows == len(self):
-                return
-            covered |= self._committed(index, view, rows)
-            if not index.sealed:
-                self._learn_from(index, view, rows)
-                self.samples.require_alive(rows)
-        if not covered.all():
-            row = int(rows[~covered][0])
-            planned = next((index.addition for index, _ in blocks if self._plans(index.addition, row)), None)
-            if planned is None:
-                hint = "Build it: teacher-cache build CONFIG adds what is missing."
-                what = f"{field or 'proof'}, view {view}"
-                raise HoleError(what, "must be part of the cache's plan", f"row {row}", hint)
-            start, stop = planned.span(planned.shard_of(row))
-            hint = "Finish the build: teacher-cache build CONFIG goes on where it stopped."
-            raise HoleError(f"view {view}", "must be committed before it is read", f"rows {start}..{stop - 1}", hint)
-
-    @staticmethod
-    def _plans(addition: Addition, row: int) -> bool:
-        return addition.extent.first_row <= row < addition.extent.stop_row
-
-    def _learn_from(self, index: Index, view: int, rows: NDArray[np.int64]) -> None:
-        """While a build runs, the shards' own receipts say which of their rows are tombstones."""
-        committed = rows[self._committed(index, view, rows)]
-        shards = np.unique((committed - index.addition.extent.first_row) // index.addition.store.shard_rows)
-        for shard in shards.tolist():
-            reasons = dict(index.receipt(view, shard).tombstones)
-            if set(reasons) - self.samples.reasons.keys():
-                self.samples.learn(np.zeros(len(self), np.uint64), reasons)
-
-    def _opened(self, index: Index, group: Group, view: int) -> GroupReader:
-        if group.path not in self._readers:
-            records_of = _records(index, view)
-            addition = index.addition
-            if self._maps is None:
-                store = open_store(addition.store.kind, addition.grid)
-                self._readers[group.path] = store.open_group(self.root, group, records_of)
-            else:
-                # Additions of one identity have the same bytes, wherever they are.
-                folder = self._maps / addition.identity.whole
-                self._readers[group.path] = open_maps(self.root, folder, group, addition.grid, records_of)
-        self._readers.move_to_end(group.path)
-        return self._readers[group.path]
-
-    def _make_room(self) -> None:
-        """Lets go of what was used longest ago, so that maps and memory stay within what a process may have."""
-        while sum(reader.load for reader in self._readers.values()) > 1:
-            if len(self._readers) == 1:
-                next(iter(self._readers.values())).clear()
-                return
-            _, oldest = self._readers.popitem(last=False)
-            oldest.clear()
-
-    def files(self) -> Iterator[FileRecord]:
-        """Every file of every committed shard."""
-        for index in self.indices:
-            for view, shard in index.places():
-                yield from index.files(view, shard).values()
 
     @property
     def source(self) -> Source:
@@ -538,10 +413,6 @@ class Cache:
         check(self, view, np.asarray(rows, np.int64).reshape(-1), rendered, tolerance)
 
 
-def _records(index: Index, view: int) -> Callable[[int], Mapping[str, FileRecord]]:
-    return lambda shard: index.files(view, shard)
-
-
 def open_cache(
     path: str | Path,
     source: SourceSpec | None = None,
@@ -560,6 +431,7 @@ def open_cache(
 
     Raises:
         CacheError: there is none, or it cannot be trusted.
+        SpecError: `maps` or `copies` for a cache that has no use for them.
     """
     return Cache(path, source, maps, copies, sealed)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -96,17 +96,6 @@ def receipt_of(path: str) -> tuple[int, int] | None:
 def shard_claim(view: int, shard: int) -> str:
     """The name under which a builder claims a shard."""
     return f"v{view:04d}-s{shard:06d}"
-
-
-def read_receipts(root: Root, addition: Addition) -> Iterator[Receipt]:
-    """All receipts of an addition that is being built, in the order of (view, shard); each checked.
-
-    Raises:
-        CorruptionError: a receipt is altered, stands in another's place, or belongs to another cache.
-    """
-    for view in addition.view_numbers:
-        for name in receipt_names(root, view):
-            yield read_receipt(root, name, addition)
 
 
 def receipt_names(root: Root, view: int | None = None) -> list[str]:

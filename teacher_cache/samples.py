@@ -142,14 +142,15 @@ class Samples:
             hint = "Leave it out: `cache.alive` says which rows have data."
             raise TombstoneError(f"row {row} ({self.key(row)})", self.reasons[row], "tombstone", hint)
 
-    def learn(self, content: NDArray[np.uint64], reasons: Mapping[int, str]) -> None:
+    def learn(self, reasons: Mapping[int, str], content: NDArray[np.uint64] | None = None) -> None:
         """Takes in what committed shards of an addition that is not sealed have found out.
 
         Args:
-            content: [N], 0 where they know nothing.
             reasons: why rows are tombstones.
+            content: [N], 0 where they know nothing.
         """
-        self.__dict__["content"] = np.where(self.content == 0, content, self.content)
+        if content is not None:
+            self.__dict__["content"] = np.where(self.content == 0, content, self.content)
         self.reasons = dict(sorted({**self.reasons, **reasons}.items()))
         self._dead = np.array(sorted(self.reasons), np.int64)
         self.__dict__.pop("alive", None)
@@ -182,9 +183,7 @@ class Keys(Sequence[str]):
 
 
 def _parts_of(manifest: Manifest) -> Iterator[_Part]:
-    start = 0
-    for segment in manifest.segments:
-        stop = start + segment.rows
+    for segment, (start, stop) in zip(manifest.segments, manifest.spans, strict=True):
         content = segment.content or (None,) * len(segment.samples)
         if len(segment.samples) != -(-segment.rows // PART_ROWS) or len(content) != len(segment.samples):
             rule = f"must have a part for each {PART_ROWS} rows"
@@ -192,7 +191,6 @@ def _parts_of(manifest: Manifest) -> Iterator[_Part]:
         for place, (table, known) in enumerate(zip(segment.samples, content, strict=True)):
             first = start + place * PART_ROWS
             yield _Part(first, min(first + PART_ROWS, stop), table, known)
-        start = stop
 
 
 def _tombstones(root: Root, manifest: Manifest) -> dict[int, str]:

@@ -15,9 +15,6 @@ from teacher_cache.storage.root import Root
 
 OTHER = "Its digest is right, so it was written as it is: restore the manifest and its tables from one copy."
 
-RECEIPTS = {"view": int, "shard": int, "path": str, "size": int, "digest": str}
-"""The columns of a table of receipts."""
-
 
 def write_table(root: Root, stem: str, columns: Mapping[str, Any]) -> TableRef:
     """Writes a table under a name made of its digest, so that an older manifest keeps its own."""

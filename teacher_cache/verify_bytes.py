@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +17,7 @@ from teacher_cache.manifest import MANIFEST
 from teacher_cache.poison import is_note
 from teacher_cache.reader import Cache
 from teacher_cache.receipts import receipt_of
-from teacher_cache.storage import Store, open_store
+from teacher_cache.storage import FileRecord, Store, open_store
 from teacher_cache.storage.files import RESTORE, is_temporary
 from teacher_cache.storage.local_root import LocalRoot
 from teacher_cache.storage.root import Root
@@ -75,7 +75,7 @@ def find_damage(cache: Cache, progress: Callable[[int, int], None] | None = None
         metadata={name: data for name, data in found.metadata.items() if not _holds(cache.root, name, data)},
         tables=tuple(bad_tables(cache)),
         receipts=tuple(found.receipts),
-        strays=tuple(_strays(cache, found.known)),
+        strays=tuple(_strays(cache, found.known | found.metadata.keys())),
         files=found.files,
         bytes=found.bytes,
     )
@@ -127,15 +127,16 @@ class _Found:
             self.bytes += sum(record.size for record in files.values())
             if files.keys() != set(index.planned(view, shard)):
                 self.foreign.append(place)
-            elif wrong := tuple(_damaged(self._cache.root, index, store, place)):
+            elif wrong := tuple(_damaged(self._cache.root, index, store, place, files)):
                 self.shards[place] = wrong
             self._done += 1
             if self._progress is not None:
                 self._progress(self._done, self._total)
 
 
-def _damaged(root: Root, index: Index, store: Store, place: Place) -> Iterator[CacheError]:
-    files = index.files(place.view, place.shard)
+def _damaged(
+    root: Root, index: Index, store: Store, place: Place, files: Mapping[str, FileRecord]
+) -> Iterator[CacheError]:
     for group in index.addition.groups(place.view):
         paths = store.paths(group, place.shard)
         # A pipe in a file's place would be waited for, and never end.
@@ -181,9 +182,6 @@ def bad_tables(cache: Cache) -> Iterator[CacheError]:
 def _strays(cache: Cache, planned: set[str]) -> Iterator[str]:
     addition = cache.manifest.open_addition
     known = {MANIFEST, *planned, *(table.path for table in cache.manifest.tables)}
-    for index in cache.indices:
-        groups = [group for view in index.addition.view_numbers for group in index.addition.groups(view)]
-        known |= open_store(index.addition.store.kind, index.addition.grid).metadata(groups).keys()
     folders = {"/".join(parts[:depth]) for parts in (name.split("/") for name in known) for depth in range(len(parts))}
     if addition is not None:
         folders |= {"receipts", "poison", *(f"receipts/v{view:04d}" for view in addition.view_numbers)}

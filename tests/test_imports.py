@@ -34,7 +34,7 @@ LEVELS = [
     {"sources", "views", "teachers", "encodings", "storage"},
     {"addition", "manifest", "builder", "lease", "tables"},
     {"receipts", "poison", "extents", "index"},
-    {"samples", "loader", "calibrate", "choice", "probe"},
+    {"samples", "gather", "loader", "calibrate", "choice", "probe"},
     {"plan", "begin", "shard_job", "claims", "seal", "proof", "cached_views", "reader"},
     {"precompute", "build", "build_report", "agreement", "problem", "verify", "repair", "cost", "report"},
     {"cli", "console", "__init__"},

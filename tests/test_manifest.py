@@ -19,7 +19,7 @@ from teacher_cache.addition import Identity
 from teacher_cache.errors import CacheError, CacheNotFoundError, CorruptionError, FormatError
 from teacher_cache.fingerprint import bytes_digest, canonical_json, fingerprint
 from teacher_cache.manifest import MANIFEST, read_manifest, write_manifest
-from teacher_cache.receipts import Receipt, read_receipts, receipt_path
+from teacher_cache.receipts import Receipt, read_receipt, receipt_names, receipt_path
 from teacher_cache.storage import FileRecord
 from teacher_cache.storage.local_root import LocalRoot
 
@@ -177,7 +177,8 @@ class TestReceipts:
 
     def test_they_say_what_is_there(self, half_built: Path) -> None:
         addition = read_manifest(LocalRoot(half_built)).first
-        receipts = list(read_receipts(LocalRoot(half_built), addition))
+        root = LocalRoot(half_built)
+        receipts = [read_receipt(root, name, addition) for name in receipt_names(root)]
         assert [(receipt.view, receipt.shard) for receipt in receipts] == [(0, n) for n in range(4)]
         for receipt in receipts:
             for record in receipt.files:
@@ -199,7 +200,7 @@ class TestReceipts:
     def test_one_of_another_cache_is_refused(self, half_built: Path, arrays: Path, tmp_path: Path) -> None:
         root = self._copy(half_built, tmp_path)
         addition = read_manifest(LocalRoot(root)).first
-        receipt = next(read_receipts(LocalRoot(root), addition))
+        receipt = read_receipt(LocalRoot(root), receipt_path(0, 0), addition)
         foreign = Receipt(**{**vars(receipt), "identity": "0" * 32})
         (root / receipt_path(0, 0)).write_bytes(foreign.to_bytes())
         with pytest.raises(CorruptionError, match="belongs to another cache"):

@@ -123,7 +123,7 @@ def test_many_shards_do_not_stay_open(built: Path, monkeypatch: pytest.MonkeyPat
         for view in range(2):
             whole = cache.read("logits", view, range(ROWS)).dense().values
             assert (whole.numpy() == expected_logits(cache.render(view, range(ROWS)))).all()
-        assert sum(reader.load for reader in cache._readers.values()) <= 1
+        assert sum(reader.load for reader in cache._gatherer.readers.values()) <= 1
 
 
 def test_a_low_limit_of_open_files_is_respected(arrays: Path, tmp_path: Path) -> None:

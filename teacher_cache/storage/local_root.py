@@ -40,11 +40,6 @@ class LocalRoot:
         """The folder, as the user gave it."""
         return str(self.path)
 
-    @property
-    def is_local(self) -> bool:
-        """True."""
-        return True
-
     def read(self, name: str) -> bytes:
         """All bytes of a file; `FileNotFoundError` where there is none."""
         place = self._place(name)
@@ -109,16 +104,19 @@ class LocalRoot:
 
     def names(self, prefix: str = "") -> Iterator[str]:
         """The names that begin with a prefix, sorted."""
-        folder, _, _ = prefix.rpartition("/")
+        folder, slash, _ = prefix.rpartition("/")
         start = self.path / check_name(self.url, folder) if folder else self.path
         found: list[str] = []
         try:
-            for at, _, files in os.walk(start, onerror=_refuse):
-                below = Path(at).relative_to(self.path)
-                found += [(below / file).as_posix() for file in files if not is_temporary(Path(file))]
+            for at, folders, files in os.walk(start, onerror=_refuse):
+                inside = os.path.relpath(at, start)
+                below = folder + slash + ("" if inside == "." else f"{inside}/".replace(os.sep, "/"))
+                # A cache has a folder for each view of each field: those that cannot match are not walked through.
+                folders[:] = [one for one in folders if _may_meet(f"{below}{one}/", prefix)]
+                found += [name for name in map(below.__add__, files) if name.startswith(prefix)]
         except OSError as error:
             raise file_error(start, self.path, error, "cannot be listed") from error
-        yield from sorted(name for name in found if name.startswith(prefix))
+        yield from sorted(name for name in found if not is_temporary(Path(name)))
 
     def local(self, name: str, size: int, check: str) -> Path:
         """The file itself."""
@@ -137,6 +135,11 @@ class LocalRoot:
 def absolute(root: Root) -> Root:
     """The same root for a process that runs in another folder."""
     return LocalRoot(root.path.absolute()) if isinstance(root, LocalRoot) else root
+
+
+def _may_meet(folder: str, prefix: str) -> bool:
+    """Whether names below a folder may begin with a prefix."""
+    return folder.startswith(prefix) or prefix.startswith(folder)
 
 
 def _refuse(error: OSError) -> None:

@@ -42,11 +42,6 @@ class RemoteRoot:
         self._copies = Copies(self.copies)
         self._bucket_seen = self._conditional = False
 
-    @property
-    def is_local(self) -> bool:
-        """False."""
-        return False
-
     def read(self, name: str) -> bytes:
         """All bytes of a file; `FileNotFoundError` where there is none."""
         data, _ = self._objects.get(check_name(self.url, name))

@@ -32,11 +32,6 @@ class Root(Protocol):
         """What the user gave; for messages."""
         ...
 
-    @property
-    def is_local(self) -> bool:
-        """Whether the files are files of this machine, as far as it can tell."""
-        ...
-
     def read(self, name: str) -> bytes:
         """All bytes of a file.
 
