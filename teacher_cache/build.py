@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import replace
 from typing import Literal
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from teacher_cache.addition import Addition
 from teacher_cache.begin import Beginning, begin, found_manifest, go_on, prepare
 from teacher_cache.build_report import BuildReport, report_of
 from teacher_cache.builder import Builder
 from teacher_cache.claims import Claims
-from teacher_cache.errors import BuildError, CorruptionError, SpecError, TeacherCacheError
+from teacher_cache.errors import BuildError, SpecError, TeacherCacheError
 from teacher_cache.lease import LEAD, Lease, at_work
+from teacher_cache.left import is_open, rows_of, views_together, what_is_left
 from teacher_cache.manifest import Manifest, read_manifest
 from teacher_cache.plan import Opened, open_parts, worker_count
-from teacher_cache.poison import is_current, known_poison
-from teacher_cache.receipts import Receipt, committed_shards, read_receipt, receipt_path
+from teacher_cache.receipts import Receipt
 from teacher_cache.seal import clear_superseded, seal
 from teacher_cache.shard_job import Work, open_job, run_work
 from teacher_cache.spec import BuildSpec
@@ -36,9 +34,6 @@ __all__ = ["BuildReport", "Executor", "Progress", "build"]
 
 _POLL = 0.5
 """Seconds between two looks at what other builders have done."""
-_MOST_HELD = 2**30
-"""Bytes of finished rows that a worker may hold because several views are made from one decoding."""
-
 Executor = Literal["ray", "serial"]
 Progress = Callable[[int, int, int], None]
 """Called after each shard with (rows done, rows in all, rows that this run has computed)."""
@@ -115,10 +110,11 @@ def _add(root: Root, opened: Opened, manifest: Manifest, lease: Lease, executor:
     fields = {name: opened.spec.teacher.fields[name] for name in addition.fields}
     teacher = opened.spec.teacher.model_copy(update={"fields": fields})
     opened = replace(opened, spec=opened.spec.model_copy(update={"teacher": teacher}))
-    together = _together(opened.spec, addition, executor)
+    workers = 1 if executor == "serial" else worker_count(opened.spec.compute)
+    together = views_together(addition, opened.spec.compute.views_per_decode, workers)
     started = time.perf_counter()
-    while missing := _missing(root, addition, together, counter):
-        if not _run(root, opened, manifest, missing, executor, counter, claims):
+    while works := _left(root, addition, together, counter):
+        if not _run(root, opened, manifest, works, executor, counter, claims):
             time.sleep(_POLL)
     seconds = time.perf_counter() - started
     _finish(root, opened.spec, addition, lease, claims)
@@ -154,75 +150,26 @@ def _require_alone(root: Root, lease: Lease, leader: Builder | None) -> None:
         raise BuildError(root.url, "is being built by another process", other, hint)
 
 
+def _left(root: Root, addition: Addition, together: int, counter: _Counter) -> list[Work]:
+    left = what_is_left(root, addition, together)
+    if left is None:
+        return []
+    counter.at(left.done)
+    return left.works
+
+
 def _finish(root: Root, spec: BuildSpec, addition: Addition, lease: Lease, claims: Claims) -> None:
     """Seals what is complete, or waits until whoever leads has done so."""
     while True:
         leader = lease.claim(LEAD)
         now = read_manifest(root)
-        if not _is_open(now, addition):
+        if not is_open(now, addition):
             return
         if leader is None:
             claims.tidy()
             seal(root, spec, now)
             return
         time.sleep(_POLL)
-
-
-def _is_open(manifest: Manifest, addition: Addition) -> bool:
-    """Whether an addition is still being built."""
-    now = manifest.open_addition
-    return now is not None and now.identity == addition.identity
-
-
-def _together(spec: BuildSpec, addition: Addition, executor: Executor) -> int:
-    """How many views are made from one decoding: as told, or fewer where workers or memory would run out.
-
-    A worker holds the rows of all these views until they are committed.
-    """
-    workers = 1 if executor == "serial" else worker_count(spec.compute)
-    first, count = addition.extent.first_view, addition.extent.views
-    held = addition.store.shard_rows * sum(part.row_bytes for group in addition.groups(first) for part in group.parts)
-    together = max(1, min(spec.compute.views_per_decode, count, _MOST_HELD // held))
-    while together > 1 and -(-count // together) * addition.grid.shards < 4 * workers:
-        together -= 1
-    return together
-
-
-def _missing(root: Root, addition: Addition, together: int, counter: _Counter) -> list[Work]:
-    """What is left to do, `together` views of the same rows at a time; tells how many rows are done."""
-    missing, done, numbers = [], 0, addition.view_numbers
-    try:
-        poison = known_poison(root, addition)
-        for first in range(numbers.start, numbers.stop, together):
-            views = range(first, min(first + together, numbers.stop))
-            made_VS = np.stack([_made(root, addition, view, poison) for view in views])
-            done += sum(_rows(addition, int(shard)) for shard in np.argwhere(made_VS)[:, 1])
-            for shard in np.flatnonzero(~made_VS.all(axis=0)).tolist():
-                left = tuple(view for view, made in zip(views, made_VS[:, shard], strict=True) if not made)
-                missing.append(Work(left, shard, poison.get(shard, ())))
-    except CorruptionError:
-        # Another builder may be sealing: its receipts go while we read them.
-        if _is_open(read_manifest(root), addition):
-            raise
-        return []
-    if missing and not _is_open(read_manifest(root), addition):
-        return []
-    counter.at(done)
-    return missing
-
-
-def _made(root: Root, addition: Addition, view: int, poison: Mapping[int, Sequence[int]]) -> NDArray[np.bool_]:
-    """The shards of a view that need not be made again, [shards]: of most of them it is enough that they are there."""
-    made = committed_shards(root, addition, view)
-    for shard, rows in poison.items():
-        if made[shard]:
-            made[shard] = is_current(read_receipt(root, receipt_path(view, shard), addition), rows)
-    return made
-
-
-def _rows(addition: Addition, shard: int) -> int:
-    start, stop = addition.span(shard)
-    return stop - start
 
 
 class _Counter:
@@ -260,7 +207,7 @@ def _run(
     root: Root,
     opened: Opened,
     manifest: Manifest,
-    missing: list[Work],
+    works: list[Work],
     executor: Executor,
     counter: _Counter,
     claims: Claims,
@@ -268,10 +215,10 @@ def _run(
     """Makes what of this work is not another builder's; False if that was nothing."""
     before = counter.shards
     try:
-        with closing(_receipts(root, opened, manifest, missing, executor, claims)) as receipts:
+        with closing(_receipts(root, opened, manifest, works, executor, claims)) as receipts:
             for receipt in receipts:
                 claims.committed(receipt)
-                counter.add(_rows(manifest.additions[-1], receipt.shard))
+                counter.add(rows_of(manifest.additions[-1], receipt.shard))
     except BaseException as error:
         # Closing has stopped the workers, also after Ctrl-C: what they had half written goes too, if the disk lets us.
         with contextlib.suppress(OSError, TeacherCacheError):
@@ -283,9 +230,9 @@ def _run(
 
 
 def _receipts(
-    root: Root, opened: Opened, manifest: Manifest, missing: list[Work], executor: Executor, claims: Claims
+    root: Root, opened: Opened, manifest: Manifest, left: list[Work], executor: Executor, claims: Claims
 ) -> Generator[Receipt, None, None]:
-    waiting = iter(missing)
+    waiting = iter(left)
     first = next(filter(None, map(claims.take, waiting)), None)
     if first is None:
         return

@@ -35,7 +35,7 @@ LEVELS = [
     {"addition", "manifest", "builder", "lease", "tables"},
     {"receipts", "poison", "extents", "index"},
     {"samples", "gather", "loader", "calibrate", "choice", "probe"},
-    {"plan", "begin", "shard_job", "claims", "seal", "proof", "cached_views", "reader"},
+    {"plan", "begin", "shard_job", "left", "claims", "seal", "proof", "cached_views", "reader"},
     {"precompute", "build", "build_report", "agreement", "problem", "verify", "repair", "cost", "report"},
     {"cli", "console", "__init__"},
 ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from student_train import CachedRows, OwnViews, ViewStream
 from student_train.recipes import CompareSpec, DataSpec, FitSpec
 from student_train.run import open_data, train_one
 from student_train.train import FitResult
+from teacher_cache import left
 from teacher_cache.encodings import DenseTarget, SparseTarget, joined
 from teacher_cache.errors import MismatchError, SpecError, ViewMismatch
 from teacher_cache.sources.base import Item
@@ -55,23 +55,18 @@ class TestSeveralViewsOfOneDecoding:
     def test_how_many_views_go_together(
         self,
         many: Path,
-        arrays: Path,
-        tmp_path: Path,
         monkeypatch: pytest.MonkeyPatch,
         told: int,
         bytes_held: int,
         expected: int,
     ) -> None:
         """As told, but no more than there are, nor than a worker's memory or the other workers' idleness allow."""
-        module = sys.modules["teacher_cache.build"]
         manifest = tc.open(many).manifest.first
         held = 8 * sum(part.row_bytes for group in manifest.groups(0) for part in group.parts)
         assert held == 496
-        monkeypatch.setattr(module, "_MOST_HELD", bytes_held)
-        spec = toy_spec(tmp_path / "cache", arrays, views=MANY, compute__views_per_decode=told, compute__workers=1)
-        assert module._together(spec, manifest, "serial") == expected
-        crowded = spec.model_copy(update={"compute": spec.compute.model_copy(update={"workers": 3})})
-        assert module._together(crowded, manifest, "ray") <= min(expected, 3)
+        monkeypatch.setattr(left, "_MOST_HELD", bytes_held)
+        assert left.views_together(manifest, told, workers=1) == expected
+        assert left.views_together(manifest, told, workers=3) <= min(expected, 3)
 
     def test_building_decodes_once(self, arrays: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """27 rows × 6 views in groups of 3 are 54 decodings, besides the few of planning."""

@@ -40,7 +40,8 @@ def open_source(spec: SourceSpec) -> Source:
 
 def _check_keys(source: Source) -> None:
     # Hashes and not a set of the keys: of millions of samples that would be the largest thing in memory.
-    hashes = np.sort(np.fromiter(map(hash, source.keys), np.int64, len(source)))
+    hashes = np.fromiter(map(hash, source.keys), np.int64, len(source))
+    hashes.sort()
     alike = set(hashes[1:][hashes[1:] == hashes[:-1]].tolist())
     if not alike:
         return

@@ -28,15 +28,14 @@ class NumpyArrays:
             given = _load("source.labels", labels, mmap=False)
             if given.dtype.kind not in "iu":
                 raise SourceError("source.labels", "must be integers", given.dtype, "Save class numbers.")
-            self.labels = given.astype(np.int64)
+            self.labels = given.astype(np.int64, copy=False)
             if self.labels.shape != (len(self._images),):
                 rule = f"needs one label for each of {len(self._images)} images"
                 raise SourceError("source.labels", rule, self.labels.shape, "Check the files belong together.")
         self.keys = Numbered(Path(images).stem, len(self._images))
         self.class_names = class_names
-        self.sizes: NDArray[np.int64] = np.full(
-            len(self._images), self._images.dtype.itemsize * math.prod(self._images.shape[1:]), np.int64
-        )
+        # One number for all, seen N times.
+        self.sizes: NDArray[np.int64] = np.broadcast_to(np.int64(math.prod(self._images.shape[1:])), len(self._images))
 
     def __len__(self) -> int:
         return len(self._images)
