@@ -156,19 +156,19 @@ def status(path: CachePath, json: Json = False) -> None:
 
     cache = open_cache(path)
     builders = at_work(cache.root)
-    shards = [(index.shards(view).sum(), index.addition.grid.shards) for index in cache.indices for view in index.views]
+    committed, planned = cache.shards()
     facts = {
         "cache": str(path),
         "state": cache.manifest.state,
-        "shards committed": int(sum(committed for committed, _ in shards)),
-        "shards planned": sum(planned for _, planned in shards),
-        "complete": cache.complete,
+        "shards committed": committed,
+        "shards planned": planned,
+        "complete": committed == planned,
     }
     if json:
         console.print_json({**facts, "builders": [vars(builder) for builder in builders]})
     else:
         console.print_facts("status", {**facts, "being built by": "\n".join(map(str, builders)) or "nobody"})
-    if not cache.complete:
+    if committed < planned:
         raise typer.Exit(1)
 
 

@@ -63,11 +63,6 @@ class Index:
             self._shards[view] = everything if self.sealed else committed_shards(self._root, self.addition, view)
         return self._shards[view]
 
-    @property
-    def complete(self) -> bool:
-        """Whether every shard is committed."""
-        return self.sealed or all(bool(self.shards(view).all()) for view in self.views)
-
     def committed(self, view: int, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Which of these rows are in a committed shard of a view, [rows]."""
         inside = self.addition.extent.holds(rows)

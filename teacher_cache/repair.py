@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from teacher_cache.errors import (
     MismatchError,
     TeacherCacheError,
 )
+from teacher_cache.lease import LEAD, Lease, at_work
 from teacher_cache.manifest import MANIFEST
 from teacher_cache.problem import Problem, problem_of
 from teacher_cache.reader import Cache
@@ -95,7 +96,7 @@ def repair(
 
     Of a sealed cache each bad shard is computed again, and a file is written only if it has the size and the digest
     of the sealed receipts. Of a cache that is being built, what is bad is no longer committed, and the next `build`
-    makes it again; run none meanwhile. Each file appears whole or not at all; the same call goes on after Ctrl-C.
+    makes it again. Each file appears whole or not at all; the same call goes on after Ctrl-C.
 
     Args:
         path: the cache.
@@ -107,12 +108,15 @@ def repair(
         CacheNotFoundError: there is no cache.
         MismatchError: source, teacher or recipe is another one now, or this machine computes other bytes; nothing
             has been changed but what came out right.
-        WorkError: a shard could not be made, or a file could not be written.
+        WorkError: a shard could not be made, a file could not be written, or another process builds the cache.
     """
     root, started, done = open_root(path), time.perf_counter(), _Done()
     cache = _opened(root, source, done)
     if cache is not None:
-        _repair(cache, find_damage(cache), remove_strays, progress, done)
+        damage = find_damage(cache)
+        changes = damage.shards or damage.metadata or damage.receipts or (remove_strays and damage.strays)
+        with _alone(root) if changes else contextlib.nullcontext():
+            _repair(cache, damage, remove_strays, progress, done)
     return RepairReport(
         path=root.url,
         written=tuple(done.written),
@@ -122,6 +126,18 @@ def repair(
         seconds=time.perf_counter() - started,
         left=tuple(done.left),
     )
+
+
+@contextlib.contextmanager
+def _alone(root: Root) -> Iterator[None]:
+    """While no builder is at work, and none begins."""
+    with Lease(root) as lease:
+        leader = lease.claim(LEAD)
+        other = leader or next((one for one in at_work(root) if one.id != lease.me.id), None)
+        if other is not None:
+            hint = "Wait until it is done, or stop it; then run the same command again."
+            raise BuildError(root.url, "must not be repaired while another process builds it", other, hint)
+        yield
 
 
 def _opened(root: Root, source: SourceSpec | None, done: _Done) -> Cache | None:

@@ -21,6 +21,7 @@ from toy_builds import addition_of, committed, toy_spec, tree
 
 import teacher_cache as tc
 from teacher_cache import cli, lease
+from teacher_cache import left as what_is_left
 from teacher_cache.begin import prepare
 from teacher_cache.build import BuildReport, build
 from teacher_cache.builder import Builder
@@ -29,7 +30,7 @@ from teacher_cache.errors import BuildError, MismatchError
 from teacher_cache.fingerprint import bytes_digest
 from teacher_cache.lease import LEAD, Lease, at_work, claims
 from teacher_cache.manifest import read_manifest
-from teacher_cache.receipts import committed_shards
+from teacher_cache.receipts import committed_shards, receipt_path
 from teacher_cache.seal import seal
 from teacher_cache.shard_job import _Shard
 from teacher_cache.signed import signed
@@ -275,6 +276,20 @@ class TestOneBuilder:
         assert errors[0].exit_code == 1
         assert tree(Path(spec.cache)) == whole
 
+    def test_nothing_is_repaired_meanwhile(self, spec: BuildSpec, whole: dict[str, str]) -> None:
+        """What a repair takes away, a builder may just have counted on."""
+
+        def damage_and_repair() -> None:
+            place = Path(spec.cache) / receipt_path(0, 0)
+            sound = place.read_bytes()
+            place.write_bytes(sound[:-9])
+            with pytest.raises(BuildError, match="must not be repaired while another process builds it"):
+                tc.repair(spec.cache)
+            place.write_bytes(sound)
+
+        serial(spec, at(16, damage_and_repair))
+        assert tree(Path(spec.cache)) == whole
+
     def test_two_at_once(self, arrays: Path, tmp_path: Path, whole: dict[str, str]) -> None:
         """One builds; the other is refused, or came when all was done."""
         for number in range(3):
@@ -402,7 +417,7 @@ class TestBetweenTwoLooks:
         self, where: str, spec: BuildSpec, whole: dict[str, str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """No receipt is there any more: that everything is committed must not read as that nothing is."""
-        root, module = Path(spec.cache), sys.modules["teacher_cache.build"]
+        root = Path(spec.cache)
         with contextlib.suppress(KeyboardInterrupt):
             serial(spec, at(8, _interrupt))
         forge(root, LEAD, seconds=0.3)
@@ -421,7 +436,7 @@ class TestBetweenTwoLooks:
             return real(ours, work)
 
         if where == "list":
-            monkeypatch.setattr(module, "committed_shards", listed)
+            monkeypatch.setattr(what_is_left, "committed_shards", listed)
         else:
             monkeypatch.setattr(Claims, "take", taken)
         assert serial(spec, join=True).shards_built == 0
@@ -636,7 +651,9 @@ def test_status_and_verify_while_it_is_built(
         return capsys.readouterr().out
 
     def look() -> None:
-        (builder,) = json.loads(status("--json"))["builders"]
+        facts = json.loads(status("--json"))
+        assert (facts["shards committed"], facts["shards planned"], facts["complete"]) == (2, 8, False)
+        (builder,) = facts["builders"]
         assert (builder["pid"], builder["joined"]) == (os.getpid(), False)
         monkeypatch.setenv("COLUMNS", "200")
         assert f"process {os.getpid()} on" in status()
@@ -648,6 +665,15 @@ def test_status_and_verify_while_it_is_built(
     assert json.loads(status("--json"))["builders"] == []
     assert "nobody" in status()
     assert tc.verify(spec.cache).ok
+
+
+def test_counting_while_it_is_sealed(spec: BuildSpec) -> None:
+    """Receipts that became a table between two looks are not holes."""
+    opened: list[tc.Cache] = []
+    serial(spec, at(16, lambda: opened.append(tc.open(spec.cache))))
+    assert opened[0].manifest.state == "building"
+    assert opened[0].shards() == (8, 8)
+    assert opened[0].complete
 
 
 def test_the_command_line_joins(spec: BuildSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import pickle
 import resource
 import shutil
@@ -226,3 +227,17 @@ class TestSource:
             cache.check_views(0, range(ROWS), cache.render_views(1, range(ROWS)))
         with pytest.raises(ViewMismatch):
             cache.check_views(0, [3], cache.render_views(0, [4]))
+
+
+@pytest.mark.parametrize("place", ["manifest.json", "receipts-", "samples-", "data/"])
+def test_a_pipe_in_a_files_place_is_refused(place: str, built: Path, tmp_path: Path) -> None:
+    """Whoever opens a pipe waits for a writer, and none comes."""
+    root = Path(shutil.copytree(built, tmp_path / "cache"))
+    for path in [path for path in root.rglob("*") if path.is_file()]:
+        name = path.relative_to(root).as_posix()
+        if name.startswith(place) and not name.endswith("zarr.json"):
+            path.unlink()
+            os.mkfifo(path)
+    read = (lambda: tc.open(root).labels) if place == "samples-" else (lambda: tc.open(root).read("logits", 0, [0]))
+    with pytest.raises(tc.CacheError, match=r"must be a file|must have \d+ bytes|a place with a cache"):
+        read()

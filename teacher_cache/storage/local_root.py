@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import stat
 import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -44,7 +45,10 @@ class LocalRoot:
         """All bytes of a file; `FileNotFoundError` where there is none."""
         place = self._place(name)
         try:
-            return place.read_bytes()
+            with open(place, "rb", opener=_without_waiting) as file:
+                if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                    raise CorruptionError(name, "must be a file", "something else", RESTORE)
+                return file.read()
         except _MISSING as error:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(place)) from error
         except OSError as error:
@@ -146,6 +150,11 @@ def _refuse(error: OSError) -> None:
     # Nothing is there yet, or a builder took an empty folder away as it left.
     if not isinstance(error, _MISSING):
         raise error
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    # Whoever opens a pipe for reading waits for a writer, and in a file's place none ever comes.
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def _write_new(path: Path, data: bytes) -> None:
