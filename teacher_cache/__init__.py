@@ -13,6 +13,7 @@ The ten steps, from `source` to `train`, are the packages' names; the first seve
 `shard_job` is steps 1 to 5 for one shard; `build` runs it over all shards, in a loop or on Ray (`precompute`).
 """
 
+from teacher_cache.abandon import AbandonReport, abandon
 from teacher_cache.build import BuildReport, build
 from teacher_cache.encodings import DenseTarget, SparseTarget, Target
 from teacher_cache.errors import CacheError, TeacherCacheError
@@ -23,6 +24,7 @@ from teacher_cache.spec import BuildSpec, load_spec
 from teacher_cache.verify import VerifyReport, verify
 
 __all__ = [
+    "AbandonReport",
     "BuildReport",
     "BuildSpec",
     "Cache",
@@ -33,6 +35,7 @@ __all__ = [
     "Target",
     "TeacherCacheError",
     "VerifyReport",
+    "abandon",
     "build",
     "load_spec",
     "open",

@@ -17,7 +17,7 @@ from teacher_cache.manifest import MANIFEST, Manifest, Segment, read_manifest, w
 from teacher_cache.plan import Opened, Prospect, draft, first_views, named_source, prospect, whole_extent
 from teacher_cache.proof import reference_count, write_references
 from teacher_cache.samples import write_samples
-from teacher_cache.seal import clear_tables
+from teacher_cache.seal import clear_begun
 from teacher_cache.storage import open_store
 from teacher_cache.storage.root import Root
 from teacher_cache.tables import named_table, read_columns
@@ -50,9 +50,6 @@ _BEGINNING = re.compile(
     r"(samples|references|constants)-[0-9a-f]{12}\.parquet|data/(.*/)?zarr\.json|.+\.[0-9a-f]{32}\.tmp"
 )
 """What `begin` writes before there is a manifest."""
-
-_TABLES = ("samples", "content", "constants", "tombstones", "receipts")
-"""What a builder that was killed while it began or sealed an addition may have left, and no manifest names."""
 
 
 def _beginning(root: Root) -> list[str]:
@@ -215,7 +212,10 @@ def _require_wanted(root: Root, extent: Extent, seen: Prospect) -> None:
         if not is_part:
             views = f"views {extent.first_view}..{extent.view_numbers.stop - 1}"
             rule = f"does not go on with what is being built: {', '.join(extent.fields)} of {extent.teacher}, {views}"
-            hint = f"Finish that first, with its own configuration: teacher-cache describe {root.url} shows it."
+            hint = (
+                f"Finish that first, with its own configuration (teacher-cache describe {root.url} shows it); "
+                f"or give it up: teacher-cache abandon {root.url}."
+            )
             raise MismatchError(field, rule, value, hint)
 
 
@@ -255,7 +255,7 @@ def begin(root: Root, beginning: Beginning) -> Manifest:
         for name in _beginning(root):
             root.remove(name)
     else:
-        clear_tables(root, found, _TABLES)
+        clear_begun(root, found)
     drafted = draft(seen, extent, *_constants(root, seen, extent))
     for name, data in drafted.files.items():
         root.write(name, data)

@@ -1,4 +1,4 @@
-"""`teacher-cache`: plan, build, status, verify, repair, describe, report, export."""
+"""`teacher-cache`: plan, build, abandon, status, verify, repair, describe, report, export."""
 
 from __future__ import annotations
 
@@ -146,6 +146,19 @@ def _show_tombstones(tombstones: tuple[tuple[str, str], ...], most: int = 20) ->
         console.print_rows("samples that could not be decoded (tombstones)", ("key", "reason"), tombstones[:most])
         if len(tombstones) > most:
             console.out.print(f"… and {len(tombstones) - most} more: teacher-cache describe --json lists all")
+
+
+@app.command()
+def abandon(path: CachePath, json: Json = False) -> None:
+    """Give up what is being added to a cache; what was sealed before stays."""
+    from teacher_cache.abandon import abandon as run_abandon
+
+    report = run_abandon(path)
+    if json:
+        console.print_json(vars(report))
+    else:
+        facts = {"cache": report.path, "addition": report.addition, "shards": report.shards, "files": report.files}
+        console.print_facts("given up", facts)
 
 
 @app.command()

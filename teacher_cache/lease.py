@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import Any
@@ -270,6 +270,22 @@ class Lease:
         _remove_unfinished(self.root)
         _remove_if_empty(self.root, CLAIMS)
         _remove_if_empty(self.root, BUILDERS)
+
+
+@contextlib.contextmanager
+def alone(root: Root, rule: str) -> Iterator[None]:
+    """While no builder is at work, and none begins.
+
+    Raises:
+        BuildError: one is at work; says by which rule that is wrong.
+    """
+    with Lease(root) as lease:
+        leader = lease.claim(LEAD)
+        other = leader or next((one for one in at_work(root) if one.id != lease.me.id), None)
+        if other is not None:
+            hint = "Wait until it is done, or stop it; then run the same command again."
+            raise BuildError(root.url, rule, other, hint)
+        yield
 
 
 def _while_folders_vanish(work: Callable[[], Any]) -> Any:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from teacher_cache.errors import (
     MismatchError,
     TeacherCacheError,
 )
-from teacher_cache.lease import LEAD, Lease, at_work
+from teacher_cache.lease import alone, is_lease, sweep
 from teacher_cache.manifest import MANIFEST
 from teacher_cache.problem import Problem, problem_of
 from teacher_cache.reader import Cache
@@ -115,7 +115,8 @@ def repair(
     if cache is not None:
         damage = find_damage(cache)
         changes = damage.shards or damage.metadata or damage.receipts or (remove_strays and damage.strays)
-        with _alone(root) if changes else contextlib.nullcontext():
+        busy = "must not be repaired while another process builds it"
+        with alone(root, busy) if changes else contextlib.nullcontext():
             _repair(cache, damage, remove_strays, progress, done)
     return RepairReport(
         path=root.url,
@@ -126,18 +127,6 @@ def repair(
         seconds=time.perf_counter() - started,
         left=tuple(done.left),
     )
-
-
-@contextlib.contextmanager
-def _alone(root: Root) -> Iterator[None]:
-    """While no builder is at work, and none begins."""
-    with Lease(root) as lease:
-        leader = lease.claim(LEAD)
-        other = leader or next((one for one in at_work(root) if one.id != lease.me.id), None)
-        if other is not None:
-            hint = "Wait until it is done, or stop it; then run the same command again."
-            raise BuildError(root.url, "must not be repaired while another process builds it", other, hint)
-        yield
 
 
 def _opened(root: Root, source: SourceSpec | None, done: _Done) -> Cache | None:
@@ -199,13 +188,17 @@ def _remove_empty_folder(root: Root, name: str) -> None:
 
 def _remove(root: Root, strays: tuple[str, ...], done: _Done) -> None:
     for name in strays:
-        if isinstance(root, LocalRoot):
+        if is_lease(name):
+            # Our own are among them by now: those of builders that are gone are swept away below.
+            pass
+        elif isinstance(root, LocalRoot):
             path = root.path / name
             path.rmdir() if name.endswith("/") else path.unlink(missing_ok=True)
             _remove_empty(root.path, path.parent)
         else:
             root.remove(name)
         done.removed.append(name)
+    sweep(root)
     if isinstance(root, LocalRoot):
         for folder in {(root.path / name).parent for name in strays}:
             if folder.is_dir():

@@ -21,6 +21,9 @@ from teacher_cache.storage.local_root import LocalRoot
 from teacher_cache.storage.root import Root
 from teacher_cache.tables import write_table
 
+_BEGUN = ("samples", "content", "constants", "tombstones", "receipts")
+"""The tables that come with an addition."""
+
 
 def require_fidelity(spec: BuildSpec, addition: Addition, totals: Totals) -> None:
     """Raises where the measured error of the logits is beyond what the configuration allows."""
@@ -116,6 +119,11 @@ def clear_superseded(root: Root, manifest: Manifest) -> None:
     """
     clear_tables(root, manifest, ("tombstones", "receipts"))
     sweep(root)
+
+
+def clear_begun(root: Root, manifest: Manifest) -> None:
+    """Removes what a builder has left that began or sealed an addition of which the manifest knows nothing."""
+    clear_tables(root, manifest, _BEGUN)
 
 
 def clear_tables(root: Root, manifest: Manifest, stems: Sequence[str]) -> None:

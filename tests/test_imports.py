@@ -36,7 +36,7 @@ LEVELS = [
     {"receipts", "poison", "extents", "index"},
     {"samples", "gather", "loader", "calibrate", "choice", "probe"},
     {"plan", "begin", "shard_job", "left", "claims", "seal", "proof", "cached_views", "reader"},
-    {"precompute", "build", "build_report", "agreement", "problem", "verify", "repair", "cost", "report"},
+    {"precompute", "build", "abandon", "build_report", "agreement", "problem", "verify", "repair", "cost", "report"},
     {"cli", "console", "__init__"},
 ]
 """The layers of `teacher_cache`, lowest first: a module imports its own layer and those below."""
