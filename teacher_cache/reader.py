@@ -329,7 +329,8 @@ class Cache:
         return self._gather(PROOF, "params", view, wanted)
 
     def _rows(self, rows: Rows, view: int) -> NDArray[np.int64]:
-        given = np.asarray(rows)
+        # A range as a list of Python's numbers would cost more than reading the rows.
+        given = np.arange(rows.start, rows.stop, rows.step) if isinstance(rows, range) else np.asarray(rows)
         if given.size and given.dtype.kind not in "iu":
             hint = "Give row numbers; for a mask, np.flatnonzero(mask)."
             raise SpecError("rows", "must be integers", given.dtype, hint)

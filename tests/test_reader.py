@@ -50,6 +50,15 @@ def test_rows_in_any_order_with_repeats(built: Path, view: int, rows: list[int])
     assert cache.params(view, rows).shape == (len(rows), 3)
 
 
+@given(start=st.integers(0, ROWS - 1), stop=st.integers(-1, ROWS), step=st.sampled_from([-3, -1, 1, 2]))
+def test_a_range_is_its_numbers(built: Path, start: int, stop: int, step: int) -> None:
+    """In either direction, and where it is empty."""
+    cache, rows = tc.open(built), range(start, stop, step)
+    found = cache.read("logits", 1, rows).dense().values
+    assert torch.equal(found, cache.read("logits", 1, list(rows)).dense().values)
+    assert len(found) == len(rows)
+
+
 @given(view=st.integers(0, 1), rows=st.lists(st.integers(0, ROWS - 1), min_size=1, max_size=9))
 def test_stored_proof_is_the_view(built: Path, view: int, rows: list[int]) -> None:
     """Digests and parameters are those of the views rendered now, and the target is the teacher's answer."""
