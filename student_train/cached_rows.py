@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ from numpy.typing import NDArray
 
 from student_train.data import Rendered
 from teacher_cache import Cache, Target
-from teacher_cache.errors import SpecError
+from teacher_cache.errors import MismatchError, SpecError
 from teacher_cache.fingerprint import fingerprint
 from teacher_cache.loader import Decoded, ViewLoader
 from teacher_cache.proof import Tolerance
@@ -25,7 +26,6 @@ class _Cached:
         self.cache = cache
         self.alive: NDArray[np.int64] = np.flatnonzero(cache.alive)
         self.labels = cache.labels
-        self.fields = cache.fields
 
     @property
     def classes(self) -> int | None:
@@ -34,6 +34,14 @@ class _Cached:
         if manifest.class_names:
             return len(manifest.class_names)
         return self.cache.shape_of("logits")[-1] if "logits" in self.cache.fields else None
+
+    def require(self, fields: Sequence[str]) -> None:
+        """Of a cache that has grown, a field may have fewer views than another: a stream would stop at the first."""
+        for field in fields:
+            found = self.cache.views_of(field)
+            if found < self.cache.views:
+                hint = "Build the rest: raise `views.count` in its teacher's configuration, and build again."
+                raise MismatchError(field, f"must have all {self.cache.views} views of the cache", found, hint)
 
     def decode(self, rows: NDArray[np.int64]) -> Decoded:
         """Decodes, and raises `MismatchError` where a sample's bytes have changed since the teacher saw it."""

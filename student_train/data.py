@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -53,10 +54,6 @@ class Rows(Protocol):
         """How many different views of each row there are; None when any number can be rendered."""
 
     @property
-    def fields(self) -> tuple[str, ...]:
-        """The fields that `read` knows."""
-
-    @property
     def provable(self) -> bool:
         """Whether the views are the teacher's, so that they can be compared with what it saw."""
 
@@ -67,6 +64,9 @@ class Rows(Protocol):
     @property
     def normalize(self) -> NormalizeSpec | None:
         """What the recipe says of normalisation."""
+
+    def require(self, fields: Sequence[str]) -> None:
+        """Raises `MismatchError` naming the first of these fields that cannot be read beside every view."""
 
     def decode(self, rows: NDArray[np.int64]) -> Decoded:
         """Decodes rows, once for any number of their views."""
@@ -85,7 +85,6 @@ class LabelledRows:
     """
 
     provable = False
-    fields: tuple[str, ...] = ()
 
     def __init__(self, source: SourceSpec, views: ViewSpec) -> None:
         opened, recipe = open_source(source), open_recipe(views)
@@ -98,6 +97,11 @@ class LabelledRows:
         self.normalize = recipe.normalize
         identity = {"source": source_fingerprint(opened), "view": recipe.view_fingerprint}
         self.fingerprint = fingerprint("labelled-rows", 1, identity)
+
+    def require(self, fields: Sequence[str]) -> None:
+        """Refuses any: there is no cache."""
+        for field in fields:
+            self.read(field, 0, self.alive[:0])
 
     def decode(self, rows: NDArray[np.int64]) -> Decoded:
         """Every row must be decodable: without a cache there are no tombstones."""

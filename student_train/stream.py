@@ -155,10 +155,7 @@ class ViewStream:
             SpecError: the batch size does not fit the rows or the views, or a check has nothing to compare with.
         """
         self.data: Rows = CachedRows(data) if isinstance(data, Cache) else data
-        missing = [field for field in fields if field not in self.data.fields]
-        if missing:
-            there = ", ".join(self.data.fields) or "none"
-            raise MismatchError("field", "must be in the cache", missing[0], f"The cache holds: {there}.")
+        self.data.require(fields)
         _require_views(self.data, views_per_decode, batch_size, check_views)
         size = batch_size // views_per_decode
         if size < 1 or (drop_last and size > len(self.data.alive)):
