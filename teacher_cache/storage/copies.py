@@ -41,9 +41,7 @@ class Copies:
             CorruptionError: the size is wrong twice.
             BuildError: the folder cannot be written.
         """
-        folder = self.folder or _folder_of(os.getpid())
-        identity = hashlib.sha256("\n".join((url, name, str(size), check)).encode()).hexdigest()[:32]
-        place = folder / f"{identity}-{name.rpartition('/')[2][-40:]}"
+        folder, place = self._place(url, name, size, check)
         try:
             if _has(place, size):
                 return place
@@ -56,6 +54,22 @@ class Copies:
         except OSError as error:
             raise file_error(place, folder, error) from error
         return place
+
+    def forget(self, url: str, name: str, size: int, check: str) -> bool:
+        """Removes a copy, for whoever shares the folder; whether there was one. Whoever has it mapped keeps it."""
+        folder, place = self._place(url, name, size, check)
+        try:
+            place.unlink()
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            raise file_error(place, folder, error, "cannot be removed") from error
+        return True
+
+    def _place(self, url: str, name: str, size: int, check: str) -> tuple[Path, Path]:
+        folder = self.folder or _folder_of(os.getpid())
+        identity = hashlib.sha256("\n".join((url, name, str(size), check)).encode()).hexdigest()[:32]
+        return folder, folder / f"{identity}-{name.rpartition('/')[2][-40:]}"
 
 
 def _has(place: Path, size: int) -> bool:
