@@ -48,7 +48,7 @@ class Copies:
             make_folder(folder)
             with _alone(place):
                 if not _has(place, size):
-                    _make(place, f"{url}/{name}", size, fetch)
+                    _make(place, name, size, fetch)
         except FileNotFoundError:
             raise
         except OSError as error:
@@ -79,7 +79,7 @@ def _has(place: Path, size: int) -> bool:
         return False
 
 
-def _make(place: Path, source: str, size: int, fetch: Callable[[Path], int]) -> None:
+def _make(place: Path, name: str, size: int, fetch: Callable[[Path], int]) -> None:
     temporary = place.with_name(f"{place.name}.{uuid.uuid4().hex}.tmp")
     found = -1
     try:
@@ -92,7 +92,7 @@ def _make(place: Path, source: str, size: int, fetch: Callable[[Path], int]) -> 
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-    raise CorruptionError(source, f"must have {size} bytes", found, RESTORE)
+    raise CorruptionError(name, f"must have {size} bytes", found, RESTORE)
 
 
 @contextlib.contextmanager
