@@ -4,11 +4,21 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, assert_never
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from student_train.objective import KD, CrossEntropy, Objective, Term
 from teacher_cache.proof import Tolerance
 from teacher_cache.spec import NormalizeSpec, SourceSpec, Strict, ViewSpec
+
+
+def _here(path: str) -> str:
+    if "://" in path:
+        raise ValueError("must be a folder of this machine")
+    return path
+
+
+Here = Annotated[str, AfterValidator(_here)]
+"""A folder that cannot be in an object store."""
 
 
 class StudentSpec(Strict):
@@ -64,7 +74,8 @@ class DataSpec(Strict):
 
     cache: str | None = None
     source: SourceSpec | None = Field(default=None, description="with `cache`: where the data set is now")
-    maps: str | None = Field(default=None, description="a folder in which a Parquet cache's shards are kept decoded")
+    maps: Here | None = Field(default=None, description="a folder in which a Parquet cache's shards are kept decoded")
+    copies: Here | None = Field(default=None, description="a folder in which the files of a cache at s3:// are kept")
     views: ViewSpec | None = Field(default=None, description="with `cache`: the student's own, not the teacher's")
     size: int | tuple[int, int] | None = Field(default=None, description="the student's own input size")
     tolerance: Tolerance = Field(default="exact", description="`rounding`: views may be one level of 255 away")
@@ -75,8 +86,9 @@ class DataSpec(Strict):
             raise ValueError("give either `cache`, or `source` and `views`")
         if (self.cache is None or self.views is not None) and (self.size is not None or self.tolerance != "exact"):
             raise ValueError("`size` and `tolerance` are for the views that the teacher saw: leave out `views`")
-        if self.maps is not None and self.cache is None:
-            raise ValueError("`maps` is for a cache")
+        for name, folder in (("maps", self.maps), ("copies", self.copies)):
+            if folder is not None and self.cache is None:
+                raise ValueError(f"`{name}` is for a cache")
         if self.size is not None and min(self.size if isinstance(self.size, tuple) else (self.size,)) < 1:
             raise ValueError("`size` must be above 0")
         return self
@@ -92,7 +104,7 @@ class EvaluateSpec(Strict):
 class RunSpec(Strict):
     """What `fit` and `compare` share."""
 
-    run: str = Field(description="the folder for checkpoints, metrics and results")
+    run: Here = Field(description="the folder for checkpoints, metrics and results")
     data: DataSpec
     student: StudentSpec
     normalize: NormalizeSpec | None = Field(default=None, description="the recipe's `normalize` where not given")

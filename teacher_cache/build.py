@@ -25,10 +25,9 @@ from teacher_cache.receipts import Receipt
 from teacher_cache.seal import clear_superseded, seal
 from teacher_cache.shard_job import Work, open_job, run_work
 from teacher_cache.spec import BuildSpec
-from teacher_cache.storage import remove_temporary
 from teacher_cache.storage.files import file_errors
 from teacher_cache.storage.local_root import LocalRoot
-from teacher_cache.storage.root import Root, open_root
+from teacher_cache.storage.root import Root, open_root, remove_unfinished
 
 __all__ = ["BuildReport", "Executor", "Progress", "build"]
 
@@ -84,8 +83,7 @@ def _tidy(root: Root, manifest: Manifest) -> None:
     # Another build may have begun to add to it since: its temporary files and receipts are no leftovers.
     if at_work(root) or read_manifest(root) != manifest:
         return
-    if isinstance(root, LocalRoot):
-        remove_temporary(root.path)
+    remove_unfinished(root)
     clear_superseded(root, manifest)
 
 

@@ -13,9 +13,8 @@ from teacher_cache.manifest import MANIFEST
 from teacher_cache.poison import is_current
 from teacher_cache.receipts import Receipt, read_receipt, receipt_path, shard_claim
 from teacher_cache.shard_job import Work
-from teacher_cache.storage import open_store, remove_temporary
-from teacher_cache.storage.local_root import LocalRoot
-from teacher_cache.storage.root import Root
+from teacher_cache.storage import open_store
+from teacher_cache.storage.root import Root, remove_unfinished
 
 
 class Claims:
@@ -84,11 +83,8 @@ class Claims:
             names = set(claims(self._root)) - set(ours) if others else set(ours)
             return frozenset(path for name in names for path in self._finals(name))
 
-        if not isinstance(self._root, LocalRoot):
-            # An object store shows nothing that is half written.
-            return
         # Whoever leads cleans up for all that are gone; others only what is certainly their own.
-        remove_temporary(self._root.path, lambda final: final in finals(True) if leads else final not in finals(False))
+        remove_unfinished(self._root, lambda final: final in finals(True) if leads else final not in finals(False))
 
     def _finals(self, name: str) -> list[str]:
         """The files of the shard that a claim names."""

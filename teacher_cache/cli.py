@@ -359,7 +359,9 @@ def export(
 
     from teacher_cache.reader import open_cache
     from teacher_cache.storage import write_atomic
+    from teacher_cache.storage.root import require_here
 
+    require_here("--output", output)
     cache = open_cache(path)
     rows = np.flatnonzero(cache.alive)
     columns = cache.columns(field, view, rows)

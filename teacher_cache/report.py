@@ -20,6 +20,7 @@ from teacher_cache.report_plots import Plot, entropy_plot, mass_plot, training_p
 from teacher_cache.report_rows import Picks, measure, pick
 from teacher_cache.spec import SourceSpec
 from teacher_cache.storage import write_atomic
+from teacher_cache.storage.root import require_here
 
 SAMPLED_ROWS = 2000
 GALLERY_ROWS = 12
@@ -46,8 +47,8 @@ def write_report(
     """Writes one HTML file that needs nothing outside itself; the same cache gives the same bytes.
 
     Args:
-        cache_path: the cache's folder; an unfinished cache is shown as far as it is committed.
-        html_path: where to write; replaced if it is there.
+        cache_path: its folder, or `s3://bucket/prefix`; an unfinished cache is shown as far as it is committed.
+        html_path: where to write, on this machine also where the cache is not; replaced if it is there.
         comparison: a JSON file that `student-train compare` wrote.
         source: where the data set is now, if not where the manifest says.
 
@@ -55,13 +56,13 @@ def write_report(
         The path that was written.
 
     Raises:
-        SpecError: the comparison is not such a file.
+        SpecError: the comparison is not such a file, or the page's path is a URL.
         CacheError: there is no cache, or it cannot be trusted.
         BuildError: the page cannot be written.
     """
+    path = require_here("html", html_path)
     compared = None if comparison is None else read_comparison(comparison)
     page = _page(open_cache(cache_path, source), compared)
-    path = Path(html_path)
     write_atomic(path.parent, path.name, page.encode())
     return path
 

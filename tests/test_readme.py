@@ -12,12 +12,15 @@ import socket
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+import s3_server
 import yaml
 
 from teacher_cache.spec import BuildSpec, parse
@@ -30,8 +33,10 @@ BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", (ROOT / "README.md").read_text(), 
 class Reader:
     """Someone who types the blocks: one shell folder, one Python session, servers that run beside."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.names = folder, {"__name__": "readme"}
+    def __init__(self, folder: Path, patch: pytest.MonkeyPatch) -> None:
+        self.folder, self.names, self.patch = folder, {"__name__": "readme"}, patch
+        self.store = ExitStack()
+        self.options, self.store_port = s3_server.apart(folder)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = str(free.getsockname()[1])
@@ -40,8 +45,20 @@ class Reader:
 
     def shell(self, block: str) -> None:
         for line in block.splitlines():
-            words = shlex.split(line.replace("8000", self.port))
-            if words[0] == "make":
+            words = shlex.split(line.replace("8000", self.port).replace("8333", str(self.store_port)))
+            if words[0] == "pip":
+                extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+                assert set(re.findall(r"\[(\w+)\]", line)) <= set(extras)
+                assert any(one.startswith(words[-1]) for one in extras["test"])
+            elif words[0] == "export":
+                for name, _, value in (word.partition("=") for word in words[1:]):
+                    self.patch.setenv(name, value)
+                    self.environment[name] = value
+            elif words[0] == "weed":
+                command = [str(BIN / "weed"), *words[1:], *self.options]
+                endpoint = f"http://127.0.0.1:{self.store_port}"
+                self.store.enter_context(s3_server.running(command, endpoint, self.folder, self.folder))
+            elif words[0] == "make":
                 makefile = (ROOT / "Makefile").read_text()
                 assert re.search(rf"^{words[1]}:", makefile, re.MULTILINE), f"the Makefile has no {words[1]}"
             elif words[0] == "teacher-serve":
@@ -65,6 +82,7 @@ class Reader:
         exec(compile(block.replace("8000", self.port), "README.md", "exec"), self.names)
 
     def stop(self) -> None:
+        self.store.close()
         for server in self.servers:
             server.send_signal(signal.SIGTERM)
             assert server.wait(30) == 0
@@ -74,7 +92,9 @@ class Reader:
 def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Reader]:
     shutil.copytree(ROOT / "examples", tmp_path / "examples")
     monkeypatch.chdir(tmp_path)
-    someone = Reader(tmp_path)
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    someone = Reader(tmp_path, monkeypatch)
     yield someone
     someone.stop()
 
@@ -93,6 +113,7 @@ def test_every_block_runs(reader: Reader, capsys: pytest.CaptureFixture[str]) ->
     printed = capsys.readouterr().out
     assert "('0', '1'" in printed, "the served card's class names"
     assert reader.names["probabilities"].shape == (2, 10)  # type: ignore[attr-defined]
+    assert list((reader.folder / "runs/copies").iterdir()), "files of the cache in the object store"
 
 
 def test_the_tree_is_the_tree() -> None:

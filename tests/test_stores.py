@@ -33,8 +33,8 @@ from teacher_cache.storage import (
     write_atomic,
     write_together,
 )
-from teacher_cache.storage.files import remove_temporary
 from teacher_cache.storage.local_root import LocalRoot
+from teacher_cache.storage.root import remove_unfinished
 
 KINDS = pytest.mark.parametrize("kind", ["zarr", "parquet"])
 RAGGED = pytest.mark.parametrize("ragged", [False, True], ids=["plain", "ragged"])
@@ -581,7 +581,7 @@ class TestFiles:
         write_atomic(tmp_path, "a/b", b"x")
         (tmp_path / f"a/b.{'0' * 32}.tmp").write_bytes(b"torn")
         (tmp_path / "a/notes.tmp").write_bytes(b"someone's own")
-        assert remove_temporary(tmp_path) == 1
+        assert remove_unfinished(LocalRoot(tmp_path)) == 1
         assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == ["b", "notes.tmp"]
 
     def test_crc32c_known_answer(self) -> None:

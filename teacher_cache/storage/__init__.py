@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from teacher_cache.storage.base import Grid, Group, GroupReader, Store, field_path
-from teacher_cache.storage.files import FileRecord, crc32c, remove_temporary, write_atomic, write_together
+from teacher_cache.storage.files import FileRecord, crc32c, write_atomic, write_together
 from teacher_cache.storage.local_root import absolute
 from teacher_cache.storage.root import Root
 
@@ -22,7 +22,6 @@ __all__ = [
     "field_path",
     "open_maps",
     "open_store",
-    "remove_temporary",
     "write_atomic",
     "write_together",
 ]

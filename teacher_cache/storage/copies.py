@@ -41,21 +41,35 @@ class Copies:
             CorruptionError: the size is wrong twice.
             BuildError: the folder cannot be written.
         """
-        folder = self.folder or _folder_of(os.getpid())
-        identity = hashlib.sha256("\n".join((url, name, str(size), check)).encode()).hexdigest()[:32]
-        place = folder / f"{identity}-{name.rpartition('/')[2][-40:]}"
+        folder, place = self._place(url, name, size, check)
         try:
             if _has(place, size):
                 return place
             make_folder(folder)
             with _alone(place):
                 if not _has(place, size):
-                    _make(place, f"{url}/{name}", size, fetch)
+                    _make(place, name, size, fetch)
         except FileNotFoundError:
             raise
         except OSError as error:
             raise file_error(place, folder, error) from error
         return place
+
+    def forget(self, url: str, name: str, size: int, check: str) -> bool:
+        """Removes a copy, for whoever shares the folder; whether there was one. Whoever has it mapped keeps it."""
+        folder, place = self._place(url, name, size, check)
+        try:
+            place.unlink()
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            raise file_error(place, folder, error, "cannot be removed") from error
+        return True
+
+    def _place(self, url: str, name: str, size: int, check: str) -> tuple[Path, Path]:
+        folder = self.folder or _folder_of(os.getpid())
+        identity = hashlib.sha256("\n".join((url, name, str(size), check)).encode()).hexdigest()[:32]
+        return folder, folder / f"{identity}-{name.rpartition('/')[2][-40:]}"
 
 
 def _has(place: Path, size: int) -> bool:
@@ -65,7 +79,7 @@ def _has(place: Path, size: int) -> bool:
         return False
 
 
-def _make(place: Path, source: str, size: int, fetch: Callable[[Path], int]) -> None:
+def _make(place: Path, name: str, size: int, fetch: Callable[[Path], int]) -> None:
     temporary = place.with_name(f"{place.name}.{uuid.uuid4().hex}.tmp")
     found = -1
     try:
@@ -78,7 +92,7 @@ def _make(place: Path, source: str, size: int, fetch: Callable[[Path], int]) -> 
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-    raise CorruptionError(source, f"must have {size} bytes", found, RESTORE)
+    raise CorruptionError(name, f"must have {size} bytes", found, RESTORE)
 
 
 @contextlib.contextmanager

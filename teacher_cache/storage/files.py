@@ -7,7 +7,7 @@ import errno
 import os
 import re
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -203,19 +203,6 @@ def is_temporary(path: Path) -> bool:
     return re.fullmatch(r".+\.[0-9a-f]{32}\.tmp", path.name) is not None
 
 
-def remove_temporary(root: Path, kept: Callable[[str], bool] = lambda _name: False) -> int:
-    """Removes what a killed writer left under temporary names; returns how many files.
-
-    Only names that `write_atomic` makes: the folder may be someone's home, named by mistake.
-
-    Args:
-        root: the cache.
-        kept: told the path, below the root, that a temporary file would get; true where its writer is at work.
-            Asked after all of them were found: a writer that claims a file later has no hand in these.
-    """
-    leftovers = [path for path in root.rglob("*.tmp") if is_temporary(path)]
-    finals = (path.relative_to(root).with_name(path.name[: -len(".tmp") - 33]).as_posix() for path in leftovers)
-    removed = [path for path, final in zip(leftovers, finals, strict=True) if not kept(final)]
-    for path in removed:
-        path.unlink(missing_ok=True)
-    return len(removed)
+def final_name(temporary: str) -> str:
+    """The name that a temporary file would get."""
+    return temporary[: -len(".tmp") - 33]

@@ -122,6 +122,11 @@ class LocalRoot:
             raise file_error(start, self.path, error, "cannot be listed") from error
         yield from sorted(name for name in found if not is_temporary(Path(name)))
 
+    def unfinished(self) -> list[str]:
+        """What `write_atomic` and its like were writing."""
+        found = [path for path in self.path.rglob("*.tmp") if is_temporary(path)]
+        return [path.relative_to(self.path).as_posix() for path in found]
+
     def local(self, name: str, size: int, check: str) -> Path:
         """The file itself."""
         place = self._place(name)
@@ -131,6 +136,14 @@ class LocalRoot:
         if found != size:
             raise CorruptionError(name, f"must have {size} bytes", found, RESTORE)
         return place
+
+    def forget(self, name: str, size: int, check: str) -> bool:
+        """False: there are no copies."""
+        return False
+
+    def fresh(self) -> contextlib.nullcontext[Root]:
+        """Itself."""
+        return contextlib.nullcontext(self)
 
     def _place(self, name: str) -> Path:
         return self.path / check_name(self.url, name)

@@ -145,10 +145,18 @@ class MappedArray:
         shards = touched // self._layout.chunks
         self._place(shards)
         for shard in np.unique(shards).tolist():
-            chunks = touched[shards == shard]
-            first = shard * self._layout.chunks
-            require_chunks(self._framed(shard), chunks - first, self._record_of(shard).path)
-            self._verified[chunks] = True
+            first, record = shard * self._layout.chunks, self._record_of(shard)
+            chunks = touched[shards == shard] - first
+            try:
+                require_chunks(self._framed(shard), chunks, record.path)
+            except CorruptionError:
+                if not self._root.forget(record.path, record.size, record.digest):
+                    raise
+                # Of the new copy, what was looked at in the old one too.
+                chunks = np.union1d(chunks, np.flatnonzero(self._verified[first : first + self._layout.chunks]))
+                self._place_anew(shard, record)
+                require_chunks(self._framed(shard), chunks, record.path)
+            self._verified[first + chunks] = True
 
     def _framed(self, shard: int) -> NDArray[np.uint8]:
         """The chunks of a file that is mapped, each with its checksum."""
@@ -165,8 +173,16 @@ class MappedArray:
             return
         for shard in np.unique(shards_N[self._present[shards_N] < 0]).tolist():
             record = self._record_of(shard)
-            raw = self._mapped(shard, record)
-            self._present[shard] = len(framed_chunks(raw, self._layout, record))
+            try:
+                self._place_anew(shard, record)
+            except CorruptionError:
+                if not self._root.forget(record.path, record.size, record.digest):
+                    raise
+                self._place_anew(shard, record)
+
+    def _place_anew(self, shard: int, record: FileRecord) -> None:
+        raw = self._mapped(shard, record)
+        self._present[shard] = len(framed_chunks(raw, self._layout, record))
 
     def _mapped(self, shard: int, record: FileRecord) -> NDArray[np.uint8]:
         try:

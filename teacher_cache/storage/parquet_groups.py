@@ -101,13 +101,19 @@ class LoadedShard:
     def load(self) -> dict[str, NDArray[Any]]:
         """The columns, read and checked when they are first asked for."""
         if self._columns is None:
-            self._columns = self._load()
+            record = self._record
+            try:
+                self._columns = self._load()
+            except CorruptionError:
+                if not self._root.forget(record.path, record.size, record.digest):
+                    raise
+                self._columns = self._load()
         return self._columns
 
     def _load(self) -> dict[str, NDArray[Any]]:
         path, record = self._record.path, self._record
         try:
-            data = self._root.read(path)
+            data = self._root.local(path, record.size, record.digest).read_bytes()
         except (FileNotFoundError, NotADirectoryError) as error:
             raise CorruptionError(path, "must be there: it was committed", error, RESTORE) from error
         except OSError as error:

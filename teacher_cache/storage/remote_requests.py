@@ -99,7 +99,8 @@ class Requests:
     ) -> BuildError | CorruptionError:
         place = f"{self.url}/{name}" if name else self.url
         if fault.code == "TornError":
-            return CorruptionError(place, "arrives as it was written", str(error), RESTORE)
+            # As what else is wrong with a file: by its name below the root.
+            return CorruptionError(name or place, "arrives as it was written", str(error), RESTORE)
         return fault.refusal(place, self.url + self._endpoint(), rule, tries)
 
     def _endpoint(self) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import tempfile
 import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -15,7 +17,10 @@ from teacher_cache.storage.files import is_temporary
 from teacher_cache.storage.remote_errors import AbsentError, Fault, PresentError
 from teacher_cache.storage.remote_objects import Objects
 from teacher_cache.storage.remote_requests import Requests
-from teacher_cache.storage.root import check_name
+from teacher_cache.storage.root import Root, check_name
+
+_TRIAL = ".conditional"
+"""How the names begin that `create` tries the store with."""
 
 
 @dataclass
@@ -37,6 +42,8 @@ class RemoteRoot:
             hint = "Endpoint and credentials come from the environment (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, ...)."
             raise SpecError("cache", "is s3://bucket/prefix", self.url, hint)
         self.url = self.url.rstrip("/")
+        # A worker may run in another folder.
+        self.copies = self.copies and self.copies.absolute()
         self._requests = Requests(self.url, bucket, self.tries, self.timeout)
         self._objects = Objects(self._requests, check_name(self.url, prefix) + "/" if prefix else "")
         self._copies = Copies(self.copies)
@@ -88,6 +95,13 @@ class RemoteRoot:
 
     def names(self, prefix: str = "") -> Iterator[str]:
         """The names that begin with a prefix, sorted here: not every store lists in the order of the bytes."""
+        yield from sorted(name for name in self._listed(prefix) if not is_temporary(Path(name)))
+
+    def unfinished(self) -> list[str]:
+        """Trials of `create` that a kill has ended; everything else is there whole or not at all."""
+        return sorted(name for name in self._listed(_TRIAL) if is_temporary(Path(name)))
+
+    def _listed(self, prefix: str) -> set[str]:
         root = self._objects.prefix
         keys: list[str] = []
         more: dict[str, str] = {}
@@ -97,13 +111,24 @@ class RemoteRoot:
             if not answer.get("IsTruncated"):
                 break
             more = {"ContinuationToken": answer["NextContinuationToken"]}
-        files = (key.removeprefix(root) for key in keys if not key.endswith("/"))
-        yield from sorted(name for name in set(files) if not is_temporary(Path(name)))
+        return {key.removeprefix(root) for key in keys if not key.endswith("/")}
 
     def local(self, name: str, size: int, check: str) -> Path:
         """A copy on this machine, fetched where there is none yet."""
         checked = check_name(self.url, name)
         return self._copies.path(self.url, checked, size, check, lambda to: self._objects.fetch(checked, size, to))
+
+    def forget(self, name: str, size: int, check: str) -> bool:
+        """Removes the copy."""
+        return self._copies.forget(self.url, check_name(self.url, name), size, check)
+
+    @contextlib.contextmanager
+    def fresh(self) -> Iterator[Root]:
+        """Over the same connections, with copies of its own."""
+        with tempfile.TemporaryDirectory(prefix="teacher-cache-") as folder:
+            other = copy.copy(self)
+            other._copies = Copies(Path(folder))
+            yield other
 
     def _head(self, name: str) -> dict[str, Any] | None:
         found = self._objects.head(check_name(self.url, name))
@@ -123,17 +148,20 @@ class RemoteRoot:
 
     def _require_conditional(self) -> None:
         """Two creations of one file: the second must be refused, or `create` would be no safer than `write`."""
-        if self._conditional:
-            return
-        name = f".conditional.{uuid.uuid4().hex}.tmp"
-        try:
-            for _ in range(2):
-                self._objects.put(name, b"", "probe", IfNoneMatch="*")
-        except PresentError:
-            self._conditional = True
-        finally:
-            self.remove(name)
+        # A builder that tidies up may take the file away between the two: then they are tried again.
+        self._conditional = self._conditional or any(self._refuses_second() for _ in range(3))
         if not self._conditional:
             rule = "the store creates a file only where there is none (a PUT with If-None-Match: *)"
             hint = "Two builders could overwrite each other there. Update the store, or build into a folder."
             raise BuildError(self.url, rule, "it overwrites", hint)
+
+    def _refuses_second(self) -> bool:
+        name = f"{_TRIAL}.{uuid.uuid4().hex}.tmp"
+        try:
+            for _ in range(2):
+                self._objects.put(name, b"", "probe", IfNoneMatch="*")
+        except PresentError:
+            return True
+        finally:
+            self.remove(name)
+        return False

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from teacher_cache.errors import CacheError, SpecError
+from teacher_cache.storage.files import final_name
 
 
 @runtime_checkable
@@ -77,6 +80,10 @@ class Root(Protocol):
         """
         ...
 
+    def unfinished(self) -> list[str]:
+        """The temporary names that `names` leaves out: of writers that are gone, or at work just now."""
+        ...
+
     def local(self, name: str, size: int, check: str) -> Path:
         """A file of this machine with this content, to be mapped into memory; nobody may change it.
 
@@ -92,6 +99,16 @@ class Root(Protocol):
         """
         ...
 
+    def forget(self, name: str, size: int, check: str) -> bool:
+        """Drops what `local` gave, where that is a copy that may have been damaged here: the next `local` fetches
+        anew. Whether there was one."""
+        ...
+
+    def fresh(self) -> AbstractContextManager[Root]:
+        """The same place for whoever must see what is there now: its `local` knows no older copy, and what it
+        fetched is gone at the end."""
+        ...
+
 
 def check_name(url: str, name: str) -> str:
     """The name, if it stays below its root.
@@ -103,6 +120,37 @@ def check_name(url: str, name: str) -> str:
         rule = "a file's name is a relative path with forward slashes, without `.` and `..`"
         raise CacheError(url, rule, repr(name), "Is this manifest from somebody you trust? Build the cache again.")
     return name
+
+
+def remove_unfinished(root: Root, kept: Callable[[str], bool] = lambda _name: False) -> int:
+    """Removes what a killed writer left under temporary names; returns how many files.
+
+    Only names that our writers make: the folder may be someone's home, named by mistake.
+
+    Args:
+        root: the cache.
+        kept: told the name that a temporary file would get; true where its writer is at work. Asked after all of
+            them were found: a writer that claims a file later has no hand in these.
+    """
+    removed = [name for name in root.unfinished() if not kept(final_name(name))]
+    for name in removed:
+        root.remove(name)
+    return len(removed)
+
+
+def require_here(field: str, path: str | Path) -> Path:
+    """A path of this machine.
+
+    Args:
+        field: who gave it, for messages.
+        path: may be a URL that has gone through `Path` already, which takes one of its slashes away.
+
+    Raises:
+        SpecError: it is a URL.
+    """
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", str(path)):
+        raise SpecError(field, "is a file of this machine", path, "Name one, and copy it from there.")
+    return Path(path)
 
 
 def open_root(path_or_url: str | Path, copies: Path | None = None) -> Root:
