@@ -12,9 +12,9 @@ from teacher_cache.lease import alone, is_lease
 from teacher_cache.manifest import Manifest, read_manifest, write_manifest
 from teacher_cache.receipts import receipt_names
 from teacher_cache.seal import clear_begun
-from teacher_cache.storage import open_store, remove_temporary
+from teacher_cache.storage import open_store
 from teacher_cache.storage.local_root import LocalRoot
-from teacher_cache.storage.root import Root, open_root
+from teacher_cache.storage.root import Root, open_root, remove_unfinished
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ def abandon(path: str | Path) -> AbandonReport:
             root.remove(name)
         write_manifest(root, kept)
         clear_begun(root, kept)
+        remove_unfinished(root, is_lease)
         if isinstance(root, LocalRoot):
-            remove_temporary(root.path, is_lease)
             _remove_empty(root.path / "data")
     return AbandonReport(root.url, len(manifest.additions) - 1, len(receipts), len(files))
 
