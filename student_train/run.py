@@ -41,7 +41,8 @@ def open_data(spec: RunSpec) -> Opened:
 
 def _open_rows(spec: DataSpec) -> Rows:
     if spec.cache is not None:
-        cache = Cache(spec.cache, spec.source, spec.maps, spec.copies)
+        # What is being added meanwhile has holes, into which an epoch would run.
+        cache = Cache(spec.cache, spec.source, spec.maps, spec.copies, sealed=True)
         if spec.views is not None:
             return OwnViews(cache, spec.views)
         return CachedRows(cache, size=spec.size, tolerance=spec.tolerance)

@@ -20,7 +20,7 @@ from student_train.recipes import FitSpec, StudentSpec
 from student_train.run import evaluate_weights, open_data, train_one
 from student_train.students import open_student
 from teacher_cache.encodings import DenseTarget
-from teacher_cache.errors import MismatchError, NonFiniteError, SpecError
+from teacher_cache.errors import CacheNotFoundError, MismatchError, NonFiniteError, SpecError
 from teacher_cache.spec import parse
 from teacher_cache.teachers.weights import read_state_dict
 
@@ -63,6 +63,26 @@ def test_the_objective_is_the_weighted_sum() -> None:
     assert float(loss) == pytest.approx(0.9 * float(values["kd"]) + 0.1 * float(values["cross_entropy"]))
     expected = torch.nn.functional.cross_entropy(logits, torch.arange(4))
     assert float(values["cross_entropy"]) == pytest.approx(float(expected))
+
+
+def test_a_cache_that_grows_meanwhile(arrays: Path, tmp_path: Path) -> None:
+    """Trained on what is sealed; a cache of which nothing is sealed yet is refused before the first batch."""
+
+    def stop(_done: int, _total: int, built: int) -> None:
+        if built:
+            raise KeyboardInterrupt
+
+    path = tmp_path / "cache"
+    with pytest.raises(KeyboardInterrupt):
+        tc.build(toy_spec(path, arrays), "serial", stop)
+    spec = fit_spec(tmp_path / "run", path, arrays)
+    with pytest.raises(CacheNotFoundError, match=r"must have a part that is sealed.*Finish the build"):
+        open_data(spec)
+    tc.build(toy_spec(path, arrays), "serial")
+    with pytest.raises(KeyboardInterrupt):
+        tc.build(toy_spec(path, arrays, views__count=3), "serial", stop)
+    assert (tc.open(path).views, open_data(spec).train.views) == (3, 2)
+    assert len(train_one(spec, open_data(spec), spec.objective, 0, tmp_path / "run").history) == TRAIN.epochs
 
 
 def test_a_run_that_was_stopped_ends_with_the_same_bits(built: Path, arrays: Path, tmp_path: Path) -> None:
