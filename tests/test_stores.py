@@ -391,6 +391,20 @@ def test_no_truncation_is_read(kind: str, ragged: bool, data: st.DataObject) -> 
 
 
 @KINDS
+@RAGGED
+def test_a_shard_of_fewer_rows_is_refused(kind: str, ragged: bool) -> None:
+    """Written and signed as it is, with other rows than the plan has: whichever of them is asked for."""
+    store, group, grid, packed, columns = small(kind, 0, ragged)
+    fewer = open_store(kind, Grid(grid.rows, 2, 2))  # type: ignore[arg-type]
+    short = fewer.pack(group, 0, {name: values[:2] for name, values in columns.items()})
+    with written(store, group, [short, packed[1]]) as root:
+        for part in ("digest", "params"):
+            for row in (0, 3):
+                with pytest.raises(CorruptionError):
+                    gather(store, root, group, grid, [short, packed[1]], part, [row])
+
+
+@KINDS
 @given(group=groups(), seed=SEEDS)
 def test_no_swap_is_read(kind: str, group: Group, seed: int) -> None:
     """A sound file in another shard's, view's or part's place is refused, even one with the same rows."""

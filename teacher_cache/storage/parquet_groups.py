@@ -71,7 +71,7 @@ class LoadedGroup:
     def _shard(self, shard: int) -> LoadedShard:
         if shard not in self._shards:
             record = self._records_of(shard)[shard_path(self._group, shard)]
-            self._shards[shard] = LoadedShard(self._root, self._group, record)
+            self._shards[shard] = LoadedShard(self._root, self._group, self._grid, shard, record)
         self._shards.move_to_end(shard)
         while len(self._shards) > 1 and self.load > 1:
             self._shards.popitem(last=False)
@@ -81,8 +81,9 @@ class LoadedGroup:
 class LoadedShard:
     """Rows of one shard, read whole, checked against the receipt, then kept as arrays."""
 
-    def __init__(self, root: Root, group: Group, record: FileRecord) -> None:
-        self._root, self._group, self._record = root, group, record
+    def __init__(self, root: Root, group: Group, grid: Grid, shard: int, record: FileRecord) -> None:
+        start, stop = grid.span(shard)
+        self._root, self._group, self._record, self._rows = root, group, record, stop - start
         self._parts = {part.name: part for part in group.parts}
         self._columns: dict[str, NDArray[Any]] | None = None
         """Of a ragged part the elements of all rows, one row after the other."""
@@ -124,6 +125,8 @@ class LoadedShard:
             raise CorruptionError(path, f"must have digest {record.digest} here", digest_of(path, data), RESTORE)
         try:
             table = pq.read_table(pa.BufferReader(data), page_checksum_verification=True)
+            if table.num_rows != self._rows:
+                raise ValueError(f"has {table.num_rows} rows of {self._rows}")
             count = {COUNT: self._count(table)} if self._group.ragged else {}
             return count | {part.name: _values(part, _whole(part, table)) for part in stored_parts(self._group)}
         except (ValueError, LookupError, NotImplementedError, OSError) as error:

@@ -86,7 +86,7 @@ class MapOfParquet:
 
     def _make(self, shard: int) -> dict[str, FileRecord]:
         source = self._records_of(shard)[shard_path(self._group, shard)]
-        loaded = LoadedShard(self._root, self._group, source)
+        loaded = LoadedShard(self._root, self._group, self._grid, shard, source)
         start, stop = self._grid.span(shard)
         columns = {part.name: loaded.gather(part.name, np.arange(stop - start)) for part in self._group.parts}
         made = {}

@@ -71,7 +71,7 @@ class ParquetStore:
     ) -> Iterator[CorruptionError]:
         """The file, whole."""
         try:
-            LoadedShard(root, group, records[shard_path(group, shard)]).load()
+            LoadedShard(root, group, self.grid, shard, records[shard_path(group, shard)]).load()
         except CorruptionError as error:
             yield error
 
