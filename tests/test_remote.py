@@ -271,6 +271,7 @@ class Killed:
             assert not set(asked[length:]) & committed
 
 
+@pytest.mark.parametrize("reference", [pytest.param("zarr", marks=pytest.mark.slow), "parquet"], indirect=True)
 def test_killed_and_resumed(
     reference: Reference, server: S3Server, bucket: Bucket, between: Proxy, tmp_path: Path
 ) -> None:
