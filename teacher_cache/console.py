@@ -19,8 +19,8 @@ from rich.text import Text
 
 from teacher_cache.errors import TeacherCacheError
 
-out = Console(soft_wrap=True)
-err = Console(stderr=True, soft_wrap=True)
+out = Console(soft_wrap=True, markup=False)
+err = Console(stderr=True, soft_wrap=True, markup=False)
 
 
 def run(app: typer.Typer, resume: str) -> NoReturn:
@@ -99,15 +99,19 @@ def print_facts(title: str, facts: Mapping[str, object]) -> None:
     table.add_column(overflow="fold")
     for name, value in facts.items():
         if value is not None:
-            table.add_row(name, str(value))
+            # As text: in brackets there may be a tensor's shape, or a folder's name, and no markup.
+            table.add_row(name, Text(str(value)))
     out.print(table)
 
 
 def print_rows(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """A table with a header, for people."""
-    table = Table(*header, title=title, title_justify="left")
+    table = Table(title=title, title_justify="left")
+    for name in header:
+        # What to type next must not end in an ellipsis.
+        table.add_column(name, overflow="fold")
     for row in rows:
-        table.add_row(*(str(value) for value in row))
+        table.add_row(*(Text(str(value)) for value in row))
     out.print(table)
 
 

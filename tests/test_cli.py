@@ -16,6 +16,7 @@ from toy_builds import ROWS, numpy_source, toy_spec, tree
 import teacher_cache as tc
 from student_train import cli as student_cli
 from teacher_cache import cli as cache_cli
+from teacher_cache import console
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -23,7 +24,7 @@ Run = Callable[..., tuple[int, str, str]]
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     """Runs a command line in this process; gives exit code, standard output and standard error."""
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("COLUMNS", "400")
 
     def call(*arguments: str | Path) -> tuple[int, str, str]:
         program, *rest = map(str, arguments)
@@ -218,3 +219,14 @@ def test_a_term_whose_field_is_not_cached_lists_those_that_are(
     code, _, err = run("student-train", "fit", config)
     assert code == 1
     assert "feature:stem, logits" in err
+
+
+def test_tables_show_text_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    """Brackets are no markup, and what is too long for a column goes on in the next line."""
+    console.print_facts("facts [1]", {"shape": "[B, C]", "folder": "/data/[/red]"})
+    console.print_rows("rows", ("a", "b"), [("[bold]", "x" * 300)])
+    out = capsys.readouterr().out
+    for text in ("facts [1]", "[B, C]", "/data/[/red]", "[bold]"):
+        assert text in out
+    assert out.count("x") == 300
+    assert "…" not in out

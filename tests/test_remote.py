@@ -32,7 +32,7 @@ from crash_harness import Place, Reference
 from crash_processes import joined, start_build
 from s3_server import ALWAYS, KEY, SECRET, Proxy, S3Server, Trouble
 from torch.utils.data import DataLoader, Dataset
-from toy_builds import ROWS, numpy_source, toy_spec, tree
+from toy_builds import ROWS, committed, numpy_source, toy_spec, tree
 
 import teacher_cache as tc
 from student_train.recipes import DataSpec
@@ -267,8 +267,8 @@ class Killed:
         assert self.bucket.tree(self.url) == self.reference.tree
         asked = self.asked()
         assert set(asked) == self.reference.committed
-        for length, committed in self.before:
-            assert not set(asked[length:]) & committed
+        for length, made in self.before:
+            assert not set(asked[length:]) & made
 
 
 @pytest.mark.parametrize("reference", [pytest.param("zarr", marks=pytest.mark.slow), "parquet"], indirect=True)
@@ -325,7 +325,7 @@ def test_read_through_copies(built: Path, bucket: Bucket, between: Proxy, tmp_pa
     """The folder's values; each data file is fetched once, also for the process that comes next."""
     url, copies = bucket.upload(built), tmp_path / "copies"
     expected = everything(tc.open(built))
-    data = sorted(record.path for record in tc.open(built).files())
+    data = sorted(path for files in committed(tc.open(built)).values() for path in files)
     assert everything(tc.open(url, copies=copies)) == expected
     assert sorted(fetched(between)) == data
     between.requests.clear()
@@ -395,7 +395,7 @@ def test_verify_and_repair(built: Path, bucket: Bucket, tmp_path: Path) -> None:
     url, copies = bucket.upload(built), tmp_path / "copies"
     before, expected = bucket.tree(url), everything(tc.open(built))
     assert tc.verify(url).ok
-    files = sorted(record.path for record in tc.open(built).files() if "logits" in record.path)
+    files = sorted(path for some in committed(tc.open(built)).values() for path in some if "logits" in path)
     flipped, short, gone = files[0], files[3], files[5]
     data = bytearray(bucket.read(url, flipped))
     data[3 + len(data) // 3] ^= 4

@@ -175,6 +175,9 @@ def test_one_of_many_processes_creates(root: Root) -> None:
             made = pool.starmap(race, [(root, f"claims/{turn}", index) for index in range(16)], chunksize=1)
             assert made.count(True) == 1
             assert root.read(f"claims/{turn}") == b"%d" % made.index(True) * 1000
+        # Not terminated: a fork has whatever handler of SIGTERM an earlier test has left here.
+        pool.close()
+        pool.join()
     assert root.read("used") == b"1"
 
 
