@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist worksteal
 
 .PHONY: demo test test-all crash check clean
 .DEFAULT_GOAL := test
@@ -23,10 +24,10 @@ demo: $(VENV)/.installed-demo
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
 
 test-all: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m 'slow or not slow'
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m 'slow or not slow'
 
 # Builds killed with SIGKILL: at least 200 times at random moments, and before every change of the file system.
 crash: $(VENV)/.installed-test
@@ -36,7 +37,7 @@ check: $(VENV)/.installed-check
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
 
 clean:
 	rm -rf runs build *.egg-info

@@ -20,6 +20,11 @@ settings.load_profile("laws")
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest test first: whatever else there is fits beside it."""
+    items.sort(key=lambda item: item.path.name != "test_readme.py")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def no_fsync() -> Iterator[None]:
     """`fsync` matters when the power fails, which no test can make happen; that it is called is tested apart."""
