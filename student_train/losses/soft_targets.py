@@ -98,7 +98,8 @@ def standardised(logits_BC: Tensor) -> Tensor:
     centred_BC, constant_B1 = centred(wide(logits_BC))
     centred_BC = torch.where(constant_B1, 0.0, centred_BC)
     root = math.sqrt(max(logits_BC.shape[-1] - 1, 1))
-    return centred_BC / (torch.linalg.vector_norm(centred_BC, dim=-1, keepdim=True) / root + 1e-7)
+    deviation_B1: Tensor = torch.linalg.vector_norm(centred_BC, dim=-1, keepdim=True) / root
+    return centred_BC / (deviation_B1 + 1e-7)
 
 
 def standardised_target(target: Target) -> DenseTarget:
