@@ -5,20 +5,36 @@
 10. `train`     one flat loop
 """
 
+from student_train.answer import Answer, Taps
 from student_train.cached_rows import CachedRows, OwnViews
-from student_train.objective import KD, CrossEntropy, Objective
+from student_train.feature_terms import AttentionTransfer, Feature, Relations, SimilarityPreserving
+from student_train.objective import Objective
 from student_train.recipes import TrainSpec
 from student_train.stream import Batch, ViewStream
+from student_train.terms import DIST, DKD, KD, NKD, CrossEntropy, EnsembleKD, LogitMSE
 from student_train.train import FitResult, fit
+from student_train.weight import Schedule
 
 __all__ = [
+    "DIST",
+    "DKD",
     "KD",
+    "NKD",
+    "Answer",
+    "AttentionTransfer",
     "Batch",
     "CachedRows",
     "CrossEntropy",
+    "EnsembleKD",
+    "Feature",
     "FitResult",
+    "LogitMSE",
     "Objective",
     "OwnViews",
+    "Relations",
+    "Schedule",
+    "SimilarityPreserving",
+    "Taps",
     "TrainSpec",
     "ViewStream",
     "fit",

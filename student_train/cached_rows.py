@@ -35,6 +35,10 @@ class _Cached:
             return len(manifest.class_names)
         return self.cache.shape_of("logits")[-1] if "logits" in self.cache.fields else None
 
+    def shape_of(self, field: str) -> tuple[int, ...]:
+        """One row of a cached field, before encoding."""
+        return self.cache.shape_of(field)
+
     def require(self, fields: Sequence[str]) -> None:
         """Of a cache that has grown, a field may have fewer views than another: a stream would stop at the first."""
         for field in fields:

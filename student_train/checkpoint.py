@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,11 @@ class Checkpoint:
     """Fingerprint of the configuration: a checkpoint of another run is refused."""
     generator: torch.Tensor
     """torch's CPU generator: students with dropout draw from it."""
+    scaler: dict[str, Any] = field(default_factory=dict)
+    average: dict[str, Any] = field(default_factory=dict)
+    """The running average of the weights, where one is kept."""
+    objective: dict[str, Any] = field(default_factory=dict)
+    """What is trained beside the student."""
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:

@@ -65,6 +65,9 @@ class Rows(Protocol):
     def normalize(self) -> NormalizeSpec | None:
         """What the recipe says of normalisation."""
 
+    def shape_of(self, field: str) -> tuple[int, ...]:
+        """One row of a cached field, before encoding."""
+
     def require(self, fields: Sequence[str]) -> None:
         """Raises `MismatchError` naming the first of these fields that cannot be read beside every view."""
 
@@ -97,6 +100,11 @@ class LabelledRows:
         self.normalize = recipe.normalize
         identity = {"source": source_fingerprint(opened), "view": recipe.view_fingerprint}
         self.fingerprint = fingerprint("labelled-rows", 1, identity)
+
+    def shape_of(self, field: str) -> tuple[int, ...]:
+        """Always refused: there is no cache."""
+        hint = "Give the stream a cache that holds it."
+        raise MismatchError("field", "has no shape without a cache", field, hint)
 
     def require(self, fields: Sequence[str]) -> None:
         """Refuses any: there is no cache."""

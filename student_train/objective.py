@@ -1,106 +1,64 @@
-"""Step 9, objective: named weighted terms that declare which cached fields they read."""
+"""Step 9, objective: named weighted terms that declare what they read of the cache, and of the student."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
-from torch import Tensor
-from torch.nn import functional
+from torch import Tensor, nn
 
-from student_train.losses import soft_target_loss
+from student_train.answer import Answer
 from student_train.stream import Batch
+from student_train.weight import Weight, weight_at
 from teacher_cache.errors import SpecError
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Of one row: what a joint between student and teacher is built from."""
+
+    nodes: Mapping[str, Shape]
+    """What the student's tapped modules put out."""
+    fields: Mapping[str, Shape]
+    """The cached fields."""
 
 
 class Term(Protocol):
-    """One part of an objective. Pure; safe to share.
+    """One part of an objective. It holds no state: what it trains is its joint, which the objective keeps.
 
     Attributes:
         name: how it is called in logs.
+        needs_labels: whether batches must have labels.
         weight: what its value is multiplied by.
         reads: the cached fields that it needs.
-        needs_labels: whether batches must have labels.
+        nodes: the student's modules that it needs.
     """
 
     name: ClassVar[str]
     needs_labels: ClassVar[bool]
 
     @property
-    def weight(self) -> float: ...
+    def weight(self) -> Weight: ...
 
     @property
     def reads(self) -> tuple[str, ...]: ...
 
-    def __call__(self, logits_BC: Tensor, batch: Batch) -> Tensor:
+    @property
+    def nodes(self) -> tuple[str, ...]: ...
+
+    def joint(self, shapes: Shapes, /) -> nn.Module | None:
+        """What is trained beside the student, such as a projection to the teacher's width; None where nothing is."""
+
+    def __call__(self, answer: Answer, batch: Batch, joint: nn.Module | None, /) -> Tensor:
         """The unweighted value, a scalar."""
 
 
-def _positive(name: str, value: float) -> None:
-    if not value > 0:
-        raise SpecError(name, "must be above 0", value, "Choose another value.")
-
-
-@dataclass(frozen=True)
-class CrossEntropy:
-    """Cross-entropy with the hard labels, always at T = 1; of a mixed view with both, each by its share."""
-
-    weight: float = 1.0
-    label_smoothing: float = 0.0
-    """Share of the mass spread evenly over all classes, 0..1."""
-
-    name: ClassVar[str] = "cross_entropy"
-    needs_labels: ClassVar[bool] = True
-    reads: ClassVar[tuple[str, ...]] = ()
-
-    def __post_init__(self) -> None:
-        _positive("cross_entropy.weight", self.weight)
-        if not 0 <= self.label_smoothing < 1:
-            rule = "must be in 0..1, 1 excluded"
-            raise SpecError("cross_entropy.label_smoothing", rule, self.label_smoothing, "Choose another value.")
-
-    def __call__(self, logits_BC: Tensor, batch: Batch) -> Tensor:
-        assert batch.labels_B is not None, "the objective was checked against the data"
-        own_B = self._each(logits_BC, batch.labels_B)
-        if batch.mixing is None:
-            return own_B.mean()
-        assert batch.mixing.labels_B is not None, "partners come from the rows, which have labels"
-        shares_B, partners_B = batch.mixing.shares_B, self._each(logits_BC, batch.mixing.labels_B)
-        return (shares_B * own_B + (1 - shares_B) * partners_B).mean()
-
-    def _each(self, logits_BC: Tensor, labels_B: Tensor) -> Tensor:
-        return functional.cross_entropy(logits_BC, labels_B, label_smoothing=self.label_smoothing, reduction="none")
-
-
-@dataclass(frozen=True)
-class KD:
-    """Soft targets: T² · KL(teacher ‖ student) at temperature T."""
-
-    weight: float = 1.0
-    temperature: float = 4.0
-    field: str = "logits"
-    """The cached field that holds the teacher's logits."""
-
-    name: ClassVar[str] = "kd"
-    needs_labels: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        _positive("kd.weight", self.weight)
-        _positive("kd.temperature", self.temperature)
-
-    @property
-    def reads(self) -> tuple[str, ...]:
-        """The field of the logits."""
-        return (self.field,)
-
-    def __call__(self, logits_BC: Tensor, batch: Batch) -> Tensor:
-        return soft_target_loss(logits_BC, batch.targets[self.field], self.temperature)
-
-
 class Objective:
-    """A weighted sum of terms."""
+    """A weighted sum of terms, and what is trained for it beside the student."""
 
     def __init__(self, terms: Sequence[Term]) -> None:
         if not terms:
@@ -108,6 +66,7 @@ class Objective:
         self.terms = tuple(terms)
         names = [term.name for term in self.terms]
         self._names = [f"{name}_{place}" if names.count(name) > 1 else name for place, name in enumerate(names)]
+        self._joints: dict[str, nn.Module | None] | None = None
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -115,16 +74,68 @@ class Objective:
         return tuple(sorted({field for term in self.terms for field in term.reads}))
 
     @property
+    def nodes(self) -> tuple[str, ...]:
+        """The student's modules that some term reads: what `Taps` must listen to."""
+        return tuple(sorted({node for term in self.terms for node in term.nodes}))
+
+    @property
     def needs_labels(self) -> bool:
         """Whether some term reads the labels."""
         return any(term.needs_labels for term in self.terms)
 
-    def __call__(self, logits_BC: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted sum, and each term's own unweighted value (detached) for the logs, by name (`kd_1` of two)."""
-        loss = torch.zeros((), device=logits_BC.device)
+    def join(self, shapes: Shapes, device: torch.device | str = "cpu") -> None:
+        """Builds what is trained beside the student; drawn from torch's global generator.
+
+        Raises:
+            SpecError: a node and a field do not fit each other.
+        """
+        joints = {name: term.joint(shapes) for name, term in zip(self._names, self.terms, strict=True)}
+        self._joints = {name: None if joint is None else joint.to(device) for name, joint in joints.items()}
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Of all joints; none of them is part of the student."""
+        for joint in (self._joints or {}).values():
+            yield from () if joint is None else joint.parameters()
+
+    def state_dict(self) -> dict[str, dict[str, Any]]:
+        """Of all joints, by term."""
+        return {name: joint.state_dict() for name, joint in (self._joints or {}).items() if joint is not None}
+
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
+        """Goes on where `state_dict` was taken; `join` comes first."""
+        for name, joint in (self._joints or {}).items():
+            if joint is not None:
+                joint.load_state_dict(state[name])
+
+    def __call__(
+        self, answer: Answer | Tensor, batch: Batch, progress: float = 0.0
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighted sum, and each term's own unweighted value (detached) for the logs, by name (`kd_1` of two).
+
+        Args:
+            answer: the student's; its logits alone are enough where no term reads more.
+            batch: the data.
+            progress: the share of all steps that are done, 0..1: scheduled weights follow it. A term whose weight
+                is 0 is not computed.
+        """
+        answer = Answer(answer) if isinstance(answer, Tensor) else answer
+        loss = torch.zeros((), device=answer.logits_BC.device)
         values: dict[str, Tensor] = {}
         for name, term in zip(self._names, self.terms, strict=True):
-            value = term(logits_BC, batch)
-            loss = loss + term.weight * value
+            weight = weight_at(term.weight, progress)
+            if weight == 0:
+                continue
+            value = term(answer, batch, self._joint(name, term, answer))
+            loss = loss + weight * value
             values[name] = value.detach()
         return loss, values
+
+    def _joint(self, name: str, term: Term, answer: Answer) -> nn.Module | None:
+        missing = [node for node in term.nodes if node not in answer.nodes]
+        if missing:
+            hint = "Give the objective the answer of `Taps(student, objective.nodes)`."
+            raise SpecError(f"objective.{name}", "needs what a node of the student puts out", missing[0], hint)
+        if self._joints is None and term.nodes:
+            hint = "Call `objective.join(...)` before the first step; `fit` does."
+            raise SpecError(f"objective.{name}", "must be joined to the student first", "not joined", hint)
+        return None if self._joints is None else self._joints[name]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, assert_never
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from student_train.objective import KD, CrossEntropy, Objective, Term
+from student_train.term_specs import ObjectiveSpec
 from teacher_cache.proof import Tolerance
 from teacher_cache.spec import NormalizeSpec, SourceSpec, Strict, ViewSpec
 
@@ -28,27 +28,6 @@ class StudentSpec(Strict):
     arguments: dict[str, Any] = Field(default_factory=dict)
 
 
-class CrossEntropySpec(Strict):
-    """Hard labels."""
-
-    kind: Literal["cross_entropy"]
-    weight: float = Field(default=1.0, gt=0)
-    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
-
-
-class KDSpec(Strict):
-    """Soft targets from the cache."""
-
-    kind: Literal["kd"]
-    weight: float = Field(default=1.0, gt=0)
-    temperature: float = Field(default=4.0, gt=0)
-    field: str = "logits"
-
-
-TermSpec = Annotated[CrossEntropySpec | KDSpec, Field(discriminator="kind")]
-ObjectiveSpec = Annotated[tuple[TermSpec, ...], Field(min_length=1)]
-
-
 class TrainSpec(Strict):
     """The optimiser, its schedule and the batches."""
 
@@ -58,7 +37,16 @@ class TrainSpec(Strict):
     lr: float = Field(default=0.1, gt=0)
     momentum: float = Field(default=0.9, ge=0, lt=1, description="sgd only; Nesterov's form")
     weight_decay: float = Field(default=5e-4, ge=0)
-    schedule: Literal["cosine", "constant"] = "cosine"
+    schedule: Literal["cosine", "constant", "step", "one_cycle"] = "cosine"
+    milestones: tuple[float, ...] = Field(default=(0.5, 0.75), description="`step`: shares of the run, 0..1")
+    step_factor: float = Field(default=0.1, gt=0, lt=1, description="`step`: what the rate is multiplied by there")
+    warmup: float = Field(default=0.0, ge=0, lt=1, description="share of the run in which the rate rises from 0")
+    clip_norm: float | None = Field(default=None, gt=0, description="longest gradient, of all weights together")
+    accumulate: int = Field(default=1, gt=0, description="batches whose gradients make one step")
+    precision: Literal["float32", "bfloat16", "float16"] = Field(default="float32", description="by autocast")
+    ema: float | None = Field(
+        default=None, gt=0, lt=1, description="share that a running average of the weights keeps at each step"
+    )
     drop_last: bool = True
     check_views: int | None = Field(
         default=None, ge=0, description="views of each batch that are proven, where they are the teacher's"
@@ -67,6 +55,13 @@ class TrainSpec(Strict):
     workers: int = Field(default=0, ge=0, description="processes that prepare batches")
     threads: int | None = Field(default=None, gt=0, description="torch threads; tiny students run fastest with 1")
     device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    @field_validator("milestones")
+    @classmethod
+    def _in_order(cls, milestones: tuple[float, ...]) -> tuple[float, ...]:
+        if sorted(set(milestones)) != list(milestones) or any(not 0 < place < 1 for place in milestones):
+            raise ValueError("must rise, each above 0 and below 1")
+        return milestones
 
 
 class DataSpec(Strict):
@@ -137,17 +132,3 @@ class CompareSpec(RunSpec):
 
     arms: dict[str, ArmSpec] = Field(min_length=2, description="the first is what others are held against")
     seeds: tuple[int, ...] = Field(default=(0, 1, 2), min_length=2)
-
-
-def open_objective(terms: tuple[TermSpec, ...]) -> Objective:
-    """The objective that a configuration describes."""
-    return Objective([_open_term(term) for term in terms])
-
-
-def _open_term(spec: TermSpec) -> Term:
-    match spec:
-        case CrossEntropySpec():
-            return CrossEntropy(spec.weight, spec.label_smoothing)
-        case KDSpec():
-            return KD(spec.weight, spec.temperature, spec.field)
-    assert_never(spec)

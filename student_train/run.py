@@ -15,9 +15,10 @@ from student_train.cached_rows import CachedRows, OwnViews
 from student_train.checkpoint import save_model
 from student_train.data import LabelledRows, Rows
 from student_train.evaluate import accuracy
-from student_train.recipes import DataSpec, RunSpec, TermSpec, open_objective
+from student_train.recipes import DataSpec, RunSpec
 from student_train.stream import ViewStream
 from student_train.students import open_student
+from student_train.term_specs import TermSpec, open_objective
 from student_train.train import FitResult, Log, fit
 from teacher_cache import Cache
 from teacher_cache.errors import SpecError

@@ -8,15 +8,15 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
-from torch.optim import SGD, AdamW, Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 
+from student_train.answer import Taps
 from student_train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from student_train.objective import Objective
+from student_train.objective import Objective, Shapes
+from student_train.optimizing import Stepper
 from student_train.recipes import TrainSpec
 from student_train.stream import Batch, ViewStream
 from teacher_cache.errors import NonFiniteError, SpecError
@@ -49,7 +49,7 @@ def fit(
     run: str = "",
     log: Log | None = None,
 ) -> FitResult:
-    """Trains a student, in place.
+    """Trains a student, in place; where a running average of its weights is kept, it ends with that.
 
     Args:
         student: images to logits.
@@ -63,43 +63,57 @@ def fit(
         log: called with each epoch's entry.
 
     Raises:
-        SpecError: the objective reads labels or fields that the stream does not carry.
+        SpecError: the objective reads labels or fields that the stream does not carry, or a node that the student
+            has not.
         NonFiniteError: the loss became NaN or inf.
     """
     _check(objective, stream)
     if folder is not None and not run:
         hint = "Name what decides the result, for example by a fingerprint of the configuration."
         raise SpecError("run", "must name the run where checkpoints are kept", run, hint)
-    device = resolve_device(train.device)
+    device = torch.device(resolve_device(train.device))
     student.to(device)
-    optimizer = _optimizer(student, train)
-    total = train.epochs * len(stream)
-    schedule = LambdaLR(optimizer, lambda step: _factor(train, step, total))
-    history = _resume(folder, run, student, optimizer, schedule, stream)
     normalization = normalization or stream.data.normalize
-    while stream.epoch < train.epochs:
-        student.train()
-        sums, waited, started = _Sums(), 0.0, time.perf_counter()
-        for batch, wait in _timed(stream):
-            batch = batch.to(device)
-            logits_BC = student(normalize(batch.views_BCHW, normalization))
-            loss, values = objective(logits_BC, batch)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            schedule.step()
-            sums.add({"loss": loss.detach(), **values}, len(batch))
-            waited += wait
-        seconds = time.perf_counter() - started
-        entry: dict[str, float] = {"epoch": float(stream.epoch), **sums.means(), "lr": float(schedule.get_last_lr()[0])}
-        entry |= {"seconds": seconds, "data_seconds": waited, "step_seconds": seconds - waited}
-        if evaluate is not None:
-            entry["accuracy"] = evaluate(student)
-        history.append(entry)
-        _keep(folder, run, student, optimizer, schedule, stream, history)
-        if log is not None:
-            log(entry)
+    with Taps(student, objective.nodes) as answer:
+        objective.join(_shapes(answer, objective, stream, normalization, device), device)
+        stepper = Stepper(student, objective.parameters(), train, len(stream), device)
+        history = _resume(folder, run, student, objective, stepper, stream)
+        while stream.epoch < train.epochs:
+            student.train()
+            sums, waited, started = _Sums(), 0.0, time.perf_counter()
+            for batch, wait in _timed(stream):
+                batch = batch.to(device)
+                with stepper.autocast():
+                    said = answer(normalize(batch.views_BCHW, normalization))
+                    loss, values = objective(said, batch, stepper.progress)
+                stepper.take(loss, batch.step)
+                sums.add({"loss": loss.detach(), **values}, len(batch))
+                waited += wait
+            seconds = time.perf_counter() - started
+            entry: dict[str, float] = {"epoch": float(stream.epoch), **sums.means(), "lr": stepper.lr}
+            entry |= {"seconds": seconds, "data_seconds": waited, "step_seconds": seconds - waited}
+            if evaluate is not None:
+                entry["accuracy"] = evaluate(stepper.averaged)
+            history.append(entry)
+            _keep(folder, run, student, objective, stepper, stream, history)
+            if log is not None:
+                log(entry)
+    student.load_state_dict(stepper.averaged.state_dict())
     return FitResult(history)
+
+
+def _shapes(
+    answer: Taps, objective: Objective, stream: ViewStream, normalization: NormalizeSpec | None, device: torch.device
+) -> Shapes:
+    """Of one row: what the student's nodes put out for the data's first, and what the cache holds of a field."""
+    fields = {field: stream.data.shape_of(field) for field in objective.fields}
+    if not objective.nodes:
+        return Shapes({}, fields)
+    data, none = stream.data, np.empty(0, np.int64)
+    views_BCHW = data.render(data.decode(data.alive[:1]), 0, none).views.pixels_BCHW.to(device)
+    with torch.no_grad(), answer.evaluating():
+        nodes = answer(normalize(views_BCHW, normalization)).nodes
+    return Shapes({node: tuple(value.shape[1:]) for node, value in nodes.items()}, fields)
 
 
 def _check(objective: Objective, stream: ViewStream) -> None:
@@ -110,22 +124,6 @@ def _check(objective: Objective, stream: ViewStream) -> None:
     if missing:
         hint = f"Open the stream with fields={objective.fields}."
         raise SpecError("stream.fields", f"must carry {missing[0]}", stream.fields, hint)
-
-
-def _optimizer(student: nn.Module, train: TrainSpec) -> Optimizer:
-    if train.optimizer == "adamw":
-        return AdamW(student.parameters(), lr=train.lr, weight_decay=train.weight_decay)
-    nesterov = train.momentum > 0
-    return SGD(
-        student.parameters(), train.lr, momentum=train.momentum, weight_decay=train.weight_decay, nesterov=nesterov
-    )
-
-
-def _factor(train: TrainSpec, step: int, total: int) -> float:
-    """What the learning rate is multiplied by: cosine to zero over the whole run (Loshchilov and Hutter 2017)."""
-    if train.schedule == "constant":
-        return 1.0
-    return 0.5 * (1 + math.cos(math.pi * min(step, total) / total))
 
 
 def _timed(stream: ViewStream) -> Iterator[tuple[Batch, float]]:
@@ -157,14 +155,14 @@ class _Sums:
 
 
 def _resume(
-    folder: Path | None, run: str, student: nn.Module, optimizer: Optimizer, schedule: LambdaLR, stream: ViewStream
+    folder: Path | None, run: str, student: nn.Module, objective: Objective, stepper: Stepper, stream: ViewStream
 ) -> list[dict[str, float]]:
     found = load_checkpoint(folder, run) if folder is not None else None
     if found is None:
         return []
     student.load_state_dict(found.student)
-    optimizer.load_state_dict(found.optimizer)
-    schedule.load_state_dict(found.schedule)
+    objective.load_state_dict(found.objective)
+    stepper.load_state_dict(vars(found))
     stream.load_state_dict(found.stream)
     torch.set_rng_state(found.generator)
     return list(found.history)
@@ -174,19 +172,15 @@ def _keep(
     folder: Path | None,
     run: str,
     student: nn.Module,
-    optimizer: Optimizer,
-    schedule: LambdaLR,
+    objective: Objective,
+    stepper: Stepper,
     stream: ViewStream,
     history: list[dict[str, float]],
 ) -> None:
     if folder is None:
         return
-    states: dict[str, Any] = {
-        "student": student.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "schedule": schedule.state_dict(),
-        "stream": stream.state_dict(),
-    }
-    save_checkpoint(folder, Checkpoint(**states, history=history, run=run, generator=torch.get_rng_state()))
+    states = {"student": student.state_dict(), "objective": objective.state_dict(), "stream": stream.state_dict()}
+    checkpoint = Checkpoint(**states, **stepper.state_dict(), history=history, run=run, generator=torch.get_rng_state())
+    save_checkpoint(folder, checkpoint)
     lines = "".join(json.dumps(entry) + "\n" for entry in history)
     write_atomic(folder, "metrics.jsonl", lines.encode())

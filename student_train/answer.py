@@ -1,0 +1,96 @@
+"""Step 9, answer: what a student says of a batch, its logits and whatever of its inside the objective compares."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from teacher_cache.errors import SpecError
+
+
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """A student's outputs for one batch; gradients flow through all of them."""
+
+    logits_BC: Tensor
+    nodes: Mapping[str, Tensor] = field(default_factory=dict)
+    """What its tapped modules put out, by name."""
+
+
+class Taps:
+    """A student whose modules are listened to; closing it leaves the student as it was.
+
+    The student stays the plain module that it is: its weights and their names are what a checkpoint keeps.
+    """
+
+    def __init__(self, student: nn.Module, nodes: Sequence[str]) -> None:
+        """Listens to some of its modules.
+
+        Args:
+            student: images to logits.
+            nodes: names as `named_modules` has them.
+
+        Raises:
+            SpecError: the student has no such module.
+        """
+        self._student, self._nodes = student, tuple(nodes)
+        self._kept: dict[str, Tensor] = {}
+        self._handles: list[RemovableHandle] = []
+        known = dict(student.named_modules())
+        for node in self._nodes:
+            if not node or node not in known:
+                names = ", ".join(name for name in known if name)[:400]
+                raise SpecError("node", "must be a module of the student", node, f"Modules: {names}.")
+        self._handles = [known[node].register_forward_hook(partial(self._keep, node)) for node in self._nodes]
+
+    def _keep(self, node: str, _module: nn.Module, _inputs: object, output: object) -> None:
+        if not isinstance(output, Tensor):
+            rule = "must be a module that puts out one tensor"
+            raise SpecError("node", rule, f"{node}: {type(output).__name__}", "Choose another module.")
+        if node in self._kept:
+            hint = "Choose the module that holds it, or one that runs once."
+            raise SpecError("node", "runs more than once in a forward pass", node, hint)
+        # A copy that gradients pass through: an in-place ReLU that follows would overwrite the tapped tensor.
+        self._kept[node] = output.clone()
+
+    def __call__(self, images_BCHW: Tensor) -> Answer:
+        """One forward pass.
+
+        Raises:
+            SpecError: a tapped module did not run, or more than once.
+        """
+        self._kept.clear()
+        logits_BC: Tensor = self._student(images_BCHW)
+        silent = [node for node in self._nodes if node not in self._kept]
+        if silent:
+            hint = "It has no part in a forward pass: choose another."
+            raise SpecError("node", "must run in a forward pass", silent[0], hint)
+        kept = dict(self._kept)
+        self._kept.clear()
+        return Answer(logits_BC, kept)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """With the student in evaluation mode, and then as it was: a look at it must not count as training."""
+        before = self._student.training
+        self._student.eval()
+        try:
+            yield
+        finally:
+            self._student.train(before)
+
+    def close(self) -> None:
+        """Listens no longer."""
+        for handle in self._handles:
+            handle.remove()
+
+    def __enter__(self) -> Taps:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,160 @@
+"""Step 9, terms of features: what the student's inside is compared with, and the projections that this takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor, nn
+
+from student_train.answer import Answer
+from student_train.losses import (
+    angle_loss,
+    attention_map,
+    attention_transfer_loss,
+    distance_loss,
+    feature_mae,
+    feature_mse,
+    normalised_activation_loss,
+    similarity_loss,
+)
+from student_train.objective import Shape, Shapes
+from student_train.stream import Batch
+from student_train.weight import Weight, require_weight
+from teacher_cache.encodings import Target
+from teacher_cache.errors import SpecError
+
+
+@dataclass(frozen=True)
+class OfFeatures:
+    """A node of the student and a cached field that is compared with it."""
+
+    node: str
+    """A module of the student, as `named_modules` has it."""
+    field: str
+    """The cached field, such as `feature:layer3`."""
+    weight: Weight = 1.0
+
+    name: ClassVar[str]
+    needs_labels: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        require_weight(self.name, self.weight)
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The cached field."""
+        return (self.field,)
+
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        """The student's module."""
+        return (self.node,)
+
+    def joint(self, _shapes: Shapes) -> nn.Module | None:
+        """Nothing is trained beside the student, where widths may differ."""
+        return None
+
+
+@dataclass(frozen=True)
+class Feature(OfFeatures):
+    """Mean squared or absolute difference of features; through a projection that is trained where widths differ.
+
+    Of maps [C, H, W] the projection is a 1×1 convolution (hints: Romero et al., "FitNets", 2015, there with weight
+    100); of vectors a linear layer. A student's map is averaged over space where the cached field is a vector.
+    """
+
+    distance: Literal["mse", "mae"] = "mse"
+
+    name: ClassVar[str] = "feature"
+
+    def joint(self, shapes: Shapes) -> nn.Module | None:
+        """A projection to the teacher's channels, or None where they are as many.
+
+        Raises:
+            SpecError: a map and a field that no projection of channels brings together.
+        """
+        student, teacher = shapes.nodes[self.node], shapes.fields[self.field]
+        if len(teacher) == 1 and len(student) in (1, 3):
+            return None if student[0] == teacher[0] else nn.Linear(student[0], teacher[0])
+        if len(student) == len(teacher) == 3 and student[1:] == teacher[1:]:
+            return None if student[0] == teacher[0] else nn.Conv2d(student[0], teacher[0], kernel_size=1)
+        rule = f"must put out [C, {', '.join(map(str, teacher[1:]))}] to be compared with {self.field}"
+        hint = "Choose a node of the same height and width, or cache the field with `pool: mean`."
+        raise SpecError(
+            f"feature.{self.node}", rule if len(teacher) > 1 else "must be a vector or a map", student, hint
+        )
+
+    def __call__(self, answer: Answer, batch: Batch, joint: nn.Module | None) -> Tensor:
+        target = batch.targets[self.field]
+        value = _as_field(answer.nodes[self.node], target)
+        projected = value if joint is None else joint(value)
+        return feature_mse(projected, target) if self.distance == "mse" else feature_mae(projected, target)
+
+
+def _as_field(value: Tensor, target: Target) -> Tensor:
+    """A map averaged over space where the teacher's feature is a vector."""
+    return value.flatten(2).mean(2) if value.ndim > 2 and target.dense().values.ndim == 2 else value
+
+
+@dataclass(frozen=True)
+class AttentionTransfer(OfFeatures):
+    """Where both look: squared distance of the normalised attention maps (Zagoruyko and Komodakis 2017).
+
+    Their code takes the mean over the H·W places and weighs it by 1000: the weight here is 1000 / (H·W).
+    """
+
+    squared: bool = True
+    """False: the paper's own form, the distance itself."""
+
+    name: ClassVar[str] = "attention"
+
+    def joint(self, shapes: Shapes) -> nn.Module | None:
+        """Nothing is trained; maps must have one size."""
+        student, teacher = shapes.nodes[self.node], shapes.fields[self.field]
+        here: Shape = student[1:] if len(student) == 3 else student[:1]
+        if here != teacher:
+            rule = f"must have maps of {list(teacher)}, as {self.field} has"
+            raise SpecError(f"attention.{self.node}", rule, list(here), "Choose a node of that height and width.")
+        return None
+
+    def __call__(self, answer: Answer, batch: Batch, _joint: nn.Module | None) -> Tensor:
+        attention = attention_map(answer.nodes[self.node])
+        loss = attention_transfer_loss if self.squared else normalised_activation_loss
+        return loss(attention, batch.targets[self.field])
+
+
+@dataclass(frozen=True)
+class Relations(OfFeatures):
+    """Distances between the rows of a batch, and angles among any three (RKD: Park et al. 2019)."""
+
+    distance_weight: float = 25.0
+    angle_weight: float = 50.0
+
+    name: ClassVar[str] = "relations"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if min(self.distance_weight, self.angle_weight) < 0 or not self.distance_weight + self.angle_weight > 0:
+            rule = "must both be at least 0, one of them above"
+            found = (self.distance_weight, self.angle_weight)
+            raise SpecError("relations.distance_weight, angle_weight", rule, found, "Choose other values.")
+
+    def __call__(self, answer: Answer, batch: Batch, _joint: nn.Module | None) -> Tensor:
+        feature, target = answer.nodes[self.node], batch.targets[self.field]
+        parts = []
+        if self.distance_weight:
+            parts.append(self.distance_weight * distance_loss(feature, target))
+        if self.angle_weight:
+            parts.append(self.angle_weight * angle_loss(feature, target))
+        return sum(parts[1:], parts[0])
+
+
+@dataclass(frozen=True)
+class SimilarityPreserving(OfFeatures):
+    """Which rows of a batch are alike (Tung and Mori 2019, there with weight 3000)."""
+
+    name: ClassVar[str] = "similarity"
+
+    def __call__(self, answer: Answer, batch: Batch, _joint: nn.Module | None) -> Tensor:
+        return similarity_loss(answer.nodes[self.node], batch.targets[self.field])

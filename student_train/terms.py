@@ -1,0 +1,261 @@
+"""Step 9, terms of logits: cross-entropy, soft targets, and what the field has made of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from student_train.answer import Answer
+from student_train.losses import (
+    dist_loss,
+    dkd_loss,
+    geometric_mean,
+    logit_mse,
+    majority_vote,
+    mean_of_probabilities,
+    nkd_loss,
+    soft_label_loss,
+    soft_target_loss,
+    standardised,
+    standardised_target,
+)
+from student_train.objective import Shapes
+from student_train.stream import Batch
+from student_train.weight import Weight, require_weight
+from teacher_cache.errors import SpecError
+
+
+def require_positive(name: str, value: float) -> None:
+    """Raises `SpecError` where a number is not above 0."""
+    if not value > 0:
+        raise SpecError(name, "must be above 0", value, "Choose another value.")
+
+
+class OfLogits:
+    """What terms that read nothing of a student but its logits have in common."""
+
+    nodes: ClassVar[tuple[str, ...]] = ()
+
+    def joint(self, _shapes: Shapes) -> nn.Module | None:
+        """Nothing is trained beside the student."""
+        return None
+
+
+@dataclass(frozen=True)
+class CrossEntropy(OfLogits):
+    """Cross-entropy with the hard labels, always at T = 1; of a mixed view with both, each by its share."""
+
+    weight: Weight = 1.0
+    label_smoothing: float = 0.0
+    """Share of the mass spread evenly over all classes, 0..1."""
+
+    name: ClassVar[str] = "cross_entropy"
+    needs_labels: ClassVar[bool] = True
+    reads: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        require_weight(self.name, self.weight)
+        if not 0 <= self.label_smoothing < 1:
+            rule = "must be in 0..1, 1 excluded"
+            raise SpecError("cross_entropy.label_smoothing", rule, self.label_smoothing, "Choose another value.")
+
+    def __call__(self, answer: Answer, batch: Batch, _joint: nn.Module | None = None) -> Tensor:
+        assert batch.labels_B is not None, "the objective was checked against the data"
+        own_B = self._each(answer.logits_BC, batch.labels_B)
+        if batch.mixing is None:
+            return own_B.mean()
+        assert batch.mixing.labels_B is not None, "partners come from the rows, which have labels"
+        shares_B, partners_B = batch.mixing.shares_B, self._each(answer.logits_BC, batch.mixing.labels_B)
+        return (shares_B * own_B + (1 - shares_B) * partners_B).mean()
+
+    def _each(self, logits_BC: Tensor, labels_B: Tensor) -> Tensor:
+        return functional.cross_entropy(
+            logits_BC.float(), labels_B, label_smoothing=self.label_smoothing, reduction="none"
+        )
+
+
+@dataclass(frozen=True)
+class KD(OfLogits):
+    """Soft targets: T² · KL(teacher ‖ student) at temperature T."""
+
+    weight: Weight = 1.0
+    temperature: float = 4.0
+    field: str = "logits"
+    """The cached field that holds the teacher's logits."""
+    standardise: bool = False
+    """Whether both sides' logits are brought to mean 0 and deviation 1 first (Sun et al. 2024)."""
+
+    name: ClassVar[str] = "kd"
+    needs_labels: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        require_weight(self.name, self.weight)
+        require_positive("kd.temperature", self.temperature)
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The field of the logits."""
+        return (self.field,)
+
+    def __call__(self, answer: Answer, batch: Batch, _joint: nn.Module | None = None) -> Tensor:
+        target = batch.targets[self.field]
+        if self.standardise:
+            return soft_target_loss(standardised(answer.logits_BC), standardised_target(target), self.temperature)
+        return soft_target_loss(answer.logits_BC, target, self.temperature)
+
+
+@dataclass(frozen=True)
+class LogitMSE(OfLogits):
+    """Mean squared difference of the logits, each less its row's mean (Ba and Caruana 2014)."""
+
+    weight: Weight = 1.0
+    field: str = "logits"
+
+    name: ClassVar[str] = "logit_mse"
+    needs_labels: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        require_weight(self.name, self.weight)
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The field of the logits."""
+        return (self.field,)
+
+    def __call__(self, answer: Answer, batch: Batch, _joint: nn.Module | None = None) -> Tensor:
+        return logit_mse(answer.logits_BC, batch.targets[self.field])
+
+
+@dataclass(frozen=True)
+class DIST(OfLogits):
+    """Pearson correlation with the teacher, within rows and within classes (Huang et al. 2022)."""
+
+    weight: Weight = 1.0
+    temperature: float = 1.0
+    rows_weight: float = 1.0
+    classes_weight: float = 1.0
+    field: str = "logits"
+
+    name: ClassVar[str] = "dist"
+    needs_labels: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        require_weight(self.name, self.weight)
+        require_positive("dist.temperature", self.temperature)
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The field of the logits."""
+        return (self.field,)
+
+    def __call__(self, answer: Answer, batch: Batch, _joint: nn.Module | None = None) -> Tensor:
+        target = batch.targets[self.field]
+        return dist_loss(answer.logits_BC, target, self.temperature, self.rows_weight, self.classes_weight)
+
+
+def _labels(batch: Batch, name: str) -> Tensor:
+    assert batch.labels_B is not None, "the objective was checked against the data"
+    if batch.mixing is not None:
+        hint = "Use soft targets, or a recipe that does not mix."
+        raise SpecError(name, "needs one label a row, and mixed views have two", "mixed views", hint)
+    return batch.labels_B
+
+
+@dataclass(frozen=True)
+class DKD(OfLogits):
+    """Soft targets taken apart: the label against all others, and the others among themselves (Zhao et al. 2022)."""
+
+    weight: Weight = 1.0
+    temperature: float = 4.0
+    label_weight: float = 1.0
+    """α of the paper."""
+    others_weight: float = 8.0
+    """β of the paper."""
+    field: str = "logits"
+
+    name: ClassVar[str] = "dkd"
+    needs_labels: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        require_weight(self.name, self.weight)
+        require_positive("dkd.temperature", self.temperature)
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The field of the logits."""
+        return (self.field,)
+
+    def __call__(self, answer: Answer, batch: Batch, _joint: nn.Module | None = None) -> Tensor:
+        target, labels_B = batch.targets[self.field], _labels(batch, self.name)
+        return dkd_loss(answer.logits_BC, target, labels_B, self.temperature, self.label_weight, self.others_weight)
+
+
+@dataclass(frozen=True)
+class NKD(OfLogits):
+    """The label with the teacher's certainty, and the others normalised without it (Yang et al. 2023)."""
+
+    weight: Weight = 1.0
+    temperature: float = 1.0
+    others_weight: float = 1.5
+    """γ of the paper."""
+    field: str = "logits"
+
+    name: ClassVar[str] = "nkd"
+    needs_labels: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        require_weight(self.name, self.weight)
+        require_positive("nkd.temperature", self.temperature)
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The field of the logits."""
+        return (self.field,)
+
+    def __call__(self, answer: Answer, batch: Batch, _joint: nn.Module | None = None) -> Tensor:
+        target, labels_B = batch.targets[self.field], _labels(batch, self.name)
+        return nkd_loss(answer.logits_BC, target, labels_B, self.temperature, self.others_weight)
+
+
+@dataclass(frozen=True)
+class EnsembleKD(OfLogits):
+    """Soft targets of several teachers together; what is averaged makes a different target, and is named."""
+
+    fields: tuple[str, ...]
+    """The cached logits of each teacher."""
+    mean_of: Literal["probabilities", "logits", "votes"] = "probabilities"
+    weight: Weight = 1.0
+    temperature: float = 4.0
+    """1 for votes, which have none."""
+
+    name: ClassVar[str] = "ensemble_kd"
+    needs_labels: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        require_weight(self.name, self.weight)
+        require_positive("ensemble_kd.temperature", self.temperature)
+        if len(set(self.fields)) < 2 or len(set(self.fields)) < len(self.fields):
+            hint = "Name each teacher's logits once; for one teacher there is kd."
+            raise SpecError("ensemble_kd.fields", "must be two or more different fields", self.fields, hint)
+        if self.mean_of == "votes" and self.temperature != 1:
+            hint = "Set the temperature to 1."
+            raise SpecError("ensemble_kd.temperature", "must be 1 for votes, which have none", self.temperature, hint)
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The logits of all teachers."""
+        return self.fields
+
+    def __call__(self, answer: Answer, batch: Batch, _joint: nn.Module | None = None) -> Tensor:
+        targets = [batch.targets[field] for field in self.fields]
+        match self.mean_of:
+            case "probabilities":
+                log_p_BC = mean_of_probabilities(targets, self.temperature)
+            case "logits":
+                log_p_BC = geometric_mean(targets, self.temperature)
+            case "votes":
+                log_p_BC = majority_vote(targets)
+        return soft_label_loss(answer.logits_BC, log_p_BC, self.temperature)
