@@ -31,7 +31,7 @@ def tree(root: Path) -> dict[str, str]:
 
 def receipts(root: Path) -> dict[str, int]:
     """The receipts that are there, with the times of their making."""
-    return {path.name: path.stat().st_mtime_ns for path in root.glob("receipts/*/*.json")}
+    return {f"{path.parent.name}/{path.name}": path.stat().st_mtime_ns for path in root.glob("receipts/*/*.json")}
 
 
 def main() -> None:
