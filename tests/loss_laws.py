@@ -94,5 +94,3 @@ def slope(value: Tensor, at: Tensor) -> Tensor:
 
 def student_of(values: Array | Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.as_tensor(values).detach().clone().to(dtype).requires_grad_()
-
-

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -145,7 +146,7 @@ def test_one_class_has_no_others() -> None:
 
 
 @pytest.mark.parametrize("loss", [dkd_loss, nkd_loss])
-def test_positions_of_sequences_count_as_rows(loss: type) -> None:
+def test_positions_of_sequences_count_as_rows(loss: Callable[..., torch.Tensor]) -> None:
     student, teacher = pair(4, 6, 5)
     labels = labels_for(6, 5)
     flat = loss(torch.tensor(student), dense(teacher), labels)
@@ -154,7 +155,7 @@ def test_positions_of_sequences_count_as_rows(loss: type) -> None:
 
 
 @pytest.mark.parametrize("loss", [dkd_loss, nkd_loss])
-def test_what_does_not_fit_is_refused(loss: type) -> None:
+def test_what_does_not_fit_is_refused(loss: Callable[..., torch.Tensor]) -> None:
     _, teacher = pair(5, 3, 6)
     values = torch.tensor(teacher).float()
     for labels in (torch.zeros(1, dtype=torch.int64), torch.zeros(3, 1, dtype=torch.int64)):
