@@ -35,7 +35,7 @@ def dist_loss(
 ) -> Tensor:
     """T² · [rows_weight · (1 − mean ρ over the rows) + classes_weight · (1 − mean ρ over the classes)].
 
-    Huang et al., "Knowledge distillation from a stronger teacher", NeurIPS 2022, equations 8 to 10; β = 1 is
+    Huang et al., "Knowledge distillation from a stronger teacher", NeurIPS 2022; β = 1 is
     `rows_weight` (what they call the inter-class relation), γ = 1 `classes_weight` (intra-class) and T = 1, as in the
     authors' code, which adds 1e-8 below the fraction, too. ρ is Pearson's, of softmax(z / T): along the classes of a
     row, and along the batch of a class. A batch of one has no relation along it, and that part is constant.

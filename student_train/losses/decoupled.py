@@ -34,7 +34,7 @@ def decoupled_kl(
 ) -> tuple[Tensor, Tensor]:
     """TCKD and NCKD [B]: KL(teacher ‖ student) = TCKD + (1 − p_y) · NCKD, at T, without T².
 
-    Zhao, Cui, Song, Qiu, Liang, "Decoupled knowledge distillation", CVPR 2022, equations 3 to 5. TCKD compares p_y
+    Zhao, Cui, Song, Qiu, Liang, "Decoupled knowledge distillation", CVPR 2022, section 3. TCKD compares p_y
     and 1 − p_y, NCKD the other classes, normalised among themselves. Where the teacher gives the others exactly
     nothing, and where there are none, NCKD is 0.
 
@@ -86,7 +86,7 @@ def nkd_loss(
     """Mean over the batch of −p_y log q_y + others_weight · T² · CE(teacher, student) over the normalised others.
 
     Yang et al., "From knowledge distillation to self-knowledge distillation: a unified approach with normalized loss
-    and customized soft labels", ICCV 2023, equation 6; γ = 1.5 is `others_weight` and T = 1, as in the authors' code.
+    and customized soft labels", ICCV 2023; γ = 1.5 is `others_weight` and T = 1, as in the authors' code.
     p_y and q_y are at T = 1 always, the others at T. The cross-entropy with the label that their code adds is not
     part of it. It is a cross-entropy: its least value is the teacher's entropy, not 0.
 

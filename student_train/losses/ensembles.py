@@ -17,7 +17,7 @@ from teacher_cache.errors import MismatchError, SpecError
 def mean_of_probabilities(targets: Sequence[Target], temperature: float) -> Tensor:
     """log of mean_m softmax(z_m / T), [B, C]: the mixture, for `soft_label_loss` at the same T.
 
-    Hinton et al., 2015, section 3; Lakshminarayanan et al., "Simple and scalable predictive uncertainty estimation
+    Hinton et al., 2015, section 1; Lakshminarayanan et al., "Simple and scalable predictive uncertainty estimation
     using deep ensembles", 2017, section 2.4. It is as broad as its teachers differ.
 
     Args:
@@ -37,7 +37,7 @@ def mean_of_probabilities(targets: Sequence[Target], temperature: float) -> Tens
 def geometric_mean(targets: Sequence[Target], temperature: float) -> Tensor:
     """log softmax of mean_m z_m / T, [B, C]: the mean of logits, which is the normalised geometric mean.
 
-    Hinton et al., 2015, section 3, name both means. This is another target than `mean_of_probabilities`: a class that
+    Hinton et al., 2015, section 1, name both means. This is another target than `mean_of_probabilities`: a class that
     one teacher rules out is ruled out. A row of which the teachers rule out every class has no such mean and is NaN.
 
     Args:

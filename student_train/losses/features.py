@@ -125,7 +125,7 @@ def flow_loss(flow_BMN: Tensor, target: Target) -> Tensor:
 def saliency_loss(gradient_BCHW: Tensor, target: Target) -> Tensor:
     """Mean over the batch of ‖g_s / ‖g_s‖ − g_t / ‖g_t‖‖², g the flattened gradient of z_y at the input.
 
-    Srinivas, Fleuret, "Knowledge transfer with Jacobian matching", ICML 2018, section 4. A gradient of zeros points
+    Srinivas, Fleuret, "Knowledge transfer with Jacobian matching", ICML 2018. A gradient of zeros points
     nowhere and stays zeros.
 
     Args:

@@ -14,7 +14,7 @@ from teacher_cache.encodings import Target
 def distance_loss(feature_BD: Tensor, target: Target) -> Tensor:
     """RKD-D: Huber distance of pairwise distances, those of each side divided by their mean.
 
-    Park, Kim, Lu, Cho, "Relational knowledge distillation", CVPR 2019, equations 3 to 6; as in the authors' code the
+    Park, Kim, Lu, Cho, "Relational knowledge distillation", CVPR 2019; as in the authors' code the
     mean of distances is over those above 0, and the loss is the mean over all B² pairs, equal ones included. Its
     usual weight is 25. A batch of one, and rows that are all equal, have no distances: they count as 0, without
     gradient. The distances come from differences: inner products would lose those of near rows.
@@ -27,18 +27,15 @@ def distance_loss(feature_BD: Tensor, target: Target) -> Tensor:
         MismatchError: the numbers of rows differ.
     """
     student, teacher = _both(feature_BD, target)
-    rows = len(student)
-    if rows == 1:
-        return _nothing(student)
     losses_P = functional.smooth_l1_loss(_relative_distances(student), _relative_distances(teacher), reduction="none")
     # Each pair stands for two of the B², and those of a row with itself are 0.
-    return 2 * losses_P.sum() / rows**2
+    return 2 * losses_P.sum() / len(student) ** 2
 
 
 def angle_loss(feature_BD: Tensor, target: Target) -> Tensor:
     """RKD-A: Huber distance of the cosines of the angles that any three rows make.
 
-    Park et al., 2019, equations 7 to 9; the mean over all B³ triples, those with equal rows included, whose cosine is
+    Park et al., 2019; the mean over all B³ triples, those with equal rows included, whose cosine is
     0, as in the authors' code. Its usual weight is 50. It takes memory for B² · D and B³ numbers.
 
     Args:
@@ -55,7 +52,7 @@ def angle_loss(feature_BD: Tensor, target: Target) -> Tensor:
 def similarity_loss(feature_BD: Tensor, target: Target) -> Tensor:
     """Similarity preserving: squared difference of the two matrices F·Fᵀ with rows of length 1, divided by B².
 
-    Tung, Mori, "Similarity-preserving knowledge distillation", ICCV 2019, equations 2 to 4. Its usual weight is 3000,
+    Tung, Mori, "Similarity-preserving knowledge distillation", ICCV 2019. Its usual weight is 3000,
     the paper's γ. A row of zeros is similar to none and gets no gradient from its own row of the matrix.
 
     Args:
@@ -74,11 +71,6 @@ def _both(feature_BD: Tensor, target: Target) -> tuple[Tensor, Tensor]:
     teacher = dense_values(target, "student features")
     require_rows(feature_BD, len(teacher), "student features")
     return wide(feature_BD).flatten(1), teacher.flatten(1)
-
-
-def _nothing(student: Tensor) -> Tensor:
-    # In the graph, so that a backward pass of this loss alone works, and NaN stays NaN.
-    return (student * 0).sum()
 
 
 def _relative_distances(feature_BD: Tensor) -> Tensor:

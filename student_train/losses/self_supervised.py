@@ -69,8 +69,8 @@ class FeatureQueue:
         self._filled = min(self._filled + len(rows_BD), size)
 
     def state_dict(self) -> dict[str, Any]:
-        """Rows and place, for a checkpoint: a copy."""
-        return {"rows": self._rows_KD.cpu().clone(), "next": self._next, "filled": self._filled}
+        """Rows and place, for a checkpoint; later pushes leave them as they are."""
+        return {"rows": self._rows_KD.cpu(), "next": self._next, "filled": self._filled}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on where `state_dict` was taken, on any device.
@@ -81,7 +81,7 @@ class FeatureQueue:
         if state["rows"].shape != self._rows_KD.shape:
             rule = f"must be {list(state['rows'].shape)}, rows and width, as in the saved state"
             raise MismatchError("queue", rule, tuple(self._rows_KD.shape), "Make the queue as it was made then.")
-        self._rows_KD = state["rows"].to(self._rows_KD, copy=True)
+        self._rows_KD = state["rows"].to(self._rows_KD)
         self._next, self._filled = int(state["next"]), int(state["filled"])
 
 
@@ -94,7 +94,7 @@ def seed_loss(
 ) -> Tensor:
     """Mean over the batch of the cross-entropy of the teacher's similarities with the student's.
 
-    Fang et al., "SEED: self-supervised distillation for visual representation", ICLR 2021, equations 2 to 5, with
+    Fang et al., "SEED: self-supervised distillation for visual representation", ICLR 2021, with
     their temperatures. Each row is compared with [the teacher's own feature of it, all rows of the queue], by inner
     products of features of length 1; softmax over these at each side's temperature. Without a queue there is nothing
     to compare with, and the loss is 0. It is a cross-entropy: its least value is the teacher's entropy.

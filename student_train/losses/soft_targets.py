@@ -127,7 +127,7 @@ def learned_temperature(theta: Tensor) -> Tensor:
 def reversed_gradient(value: Tensor, weight: float) -> Tensor:
     """The value itself; in the backward pass −weight times its gradient.
 
-    Ganin, Lempitsky, "Unsupervised domain adaptation by backpropagation", 2015, section 3.2.
+    Ganin, Lempitsky, "Unsupervised domain adaptation by backpropagation", ICML 2015.
     """
     reversed_value: Tensor = _Reversal.apply(value, weight)
     return reversed_value
@@ -151,7 +151,7 @@ class _Reversal(torch.autograd.Function):
 def reversal_weight(epoch: float, rise: float = 10) -> float:
     """The weight of a reversed gradient: from 0 up to 1 along half a cosine, then 1.
 
-    (1 − cos(π · min(epoch, rise) / rise)) / 2; Li et al., section 3.3, with the 10 epochs of the authors' code.
+    (1 − cos(π · min(epoch, rise) / rise)) / 2; Li et al., 2023, with the 10 epochs of the authors' code.
 
     Args:
         epoch: passes done, fractions included.
