@@ -40,6 +40,7 @@ class Taps:
         """
         self._student, self._nodes = student, tuple(nodes)
         self._kept: dict[str, Tensor] = {}
+        self._listening = False
         self._handles: list[RemovableHandle] = []
         known = dict(student.named_modules())
         for node in self._nodes:
@@ -49,6 +50,9 @@ class Taps:
         self._handles = [known[node].register_forward_hook(partial(self._keep, node)) for node in self._nodes]
 
     def _keep(self, node: str, _module: nn.Module, _inputs: object, output: object) -> None:
+        if not self._listening:
+            # Whoever else runs the student, or a copy of it, is not listened to.
+            return
         if not isinstance(output, Tensor):
             rule = "must be a module that puts out one tensor"
             raise SpecError("node", rule, f"{node}: {type(output).__name__}", "Choose another module.")
@@ -65,7 +69,11 @@ class Taps:
             SpecError: a tapped module did not run, or more than once.
         """
         self._kept.clear()
-        logits_BC: Tensor = self._student(images_BCHW)
+        self._listening = True
+        try:
+            logits_BC: Tensor = self._student(images_BCHW)
+        finally:
+            self._listening = False
         silent = [node for node in self._nodes if node not in self._kept]
         if silent:
             hint = "It has no part in a forward pass: choose another."

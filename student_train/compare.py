@@ -13,7 +13,7 @@ from typing import Any
 from scipy.stats import t as student_t
 
 from student_train.recipes import ArmSpec, CompareSpec, RunSpec
-from student_train.run import Opened, open_data, open_stream, train_one
+from student_train.run import Opened, open_data, rehearse_one, train_one
 from teacher_cache.storage import write_atomic
 
 Progress = Callable[[str, int, dict[str, float]], None]
@@ -78,8 +78,8 @@ def compare(spec: CompareSpec, progress: Progress | None = None) -> Comparison:
         shared[key] = shared.get(key) or open_data(run)
     opened = {name: shared[run.data.model_dump_json()] for name, run in arms.items()}
     for name, run in arms.items():
-        # Whatever an arm's data does not allow is said before the first arm has been trained.
-        open_stream(run, opened[name], spec.arms[name].objective, spec.seeds[0])
+        # Whatever an arm's data or student does not allow is said before the first arm has been trained.
+        rehearse_one(run, opened[name], spec.arms[name].objective, spec.seeds[0])
     accuracy: dict[str, list[float]] = {arm: [] for arm in spec.arms}
     history: dict[str, list[list[dict[str, float]]]] = {arm: [] for arm in spec.arms}
     for seed in spec.seeds:

@@ -61,7 +61,8 @@ class Feature(OfFeatures):
     """Mean squared or absolute difference of features; through a projection that is trained where widths differ.
 
     Of maps [C, H, W] the projection is a 1×1 convolution (hints: Romero et al., "FitNets", 2015, there with weight
-    100); of vectors a linear layer. A student's map is averaged over space where the cached field is a vector.
+    100); of vectors and of tokens [N, D] a linear layer. A student's map is averaged over space where the cached
+    field is a vector.
     """
 
     distance: Literal["mse", "mae"] = "mse"
@@ -79,11 +80,11 @@ class Feature(OfFeatures):
             return None if student[0] == teacher[0] else nn.Linear(student[0], teacher[0])
         if len(student) == len(teacher) == 3 and student[1:] == teacher[1:]:
             return None if student[0] == teacher[0] else nn.Conv2d(student[0], teacher[0], kernel_size=1)
-        rule = f"must put out [C, {', '.join(map(str, teacher[1:]))}] to be compared with {self.field}"
-        hint = "Choose a node of the same height and width, or cache the field with `pool: mean`."
-        raise SpecError(
-            f"feature.{self.node}", rule if len(teacher) > 1 else "must be a vector or a map", student, hint
-        )
+        if len(student) == len(teacher) == 2 and student[0] == teacher[0]:
+            return None if student[1] == teacher[1] else nn.Linear(student[1], teacher[1])
+        rule = f"must put out what a projection of channels brings to {list(teacher)}, as {self.field} is"
+        hint = "Choose a node of the same height and width, or as many tokens; or cache the field with `pool: mean`."
+        raise SpecError(f"feature.{self.node}", rule, list(student), hint)
 
     def __call__(self, answer: Answer, batch: Batch, joint: nn.Module | None) -> Tensor:
         target = batch.targets[self.field]

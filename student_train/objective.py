@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from itertools import pairwise
+from typing import Any, ClassVar, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from student_train.answer import Answer
 from student_train.stream import Batch
-from student_train.weight import Weight, weight_at
+from student_train.weight import Schedule, Weight, weight_at
 from teacher_cache.errors import SpecError
 
 Shape = tuple[int, ...]
@@ -57,6 +58,18 @@ class Term(Protocol):
         """The unweighted value, a scalar."""
 
 
+def _require_some_weight(terms: Sequence[Term]) -> None:
+    """Refuses terms that all count nothing at some step: there would be nothing to learn from."""
+    if not all(isinstance(term.weight, Schedule) for term in terms):
+        return
+    places = sorted({0.0, 1.0, *(p for term in terms for p, _ in cast(Schedule, term.weight).points)})
+    # Between two points all weights are straight lines; the very end of a run is behind its last step.
+    for place in (*places[:-1], *((left + right) / 2 for left, right in pairwise(places))):
+        if not any(weight_at(term.weight, place) for term in terms):
+            hint = "Let one of the terms count there, if only a little."
+            raise SpecError("objective.weight", "must not be 0 of all terms at once", f"at progress {place:g}", hint)
+
+
 class Objective:
     """A weighted sum of terms, and what is trained for it beside the student."""
 
@@ -64,6 +77,7 @@ class Objective:
         if not terms:
             raise SpecError("objective", "needs at least one term", "none", "For example cross_entropy.")
         self.terms = tuple(terms)
+        _require_some_weight(self.terms)
         names = [term.name for term in self.terms]
         self._names = [f"{name}_{place}" if names.count(name) > 1 else name for place, name in enumerate(names)]
         self._joints: dict[str, nn.Module | None] | None = None
@@ -129,6 +143,11 @@ class Objective:
             loss = loss + weight * value
             values[name] = value.detach()
         return loss, values
+
+    def each(self, answer: Answer, batch: Batch) -> dict[str, Tensor]:
+        """Each term's unweighted value, also of those that do not count at the moment."""
+        terms = zip(self._names, self.terms, strict=True)
+        return {name: term(answer, batch, self._joint(name, term, answer)) for name, term in terms}
 
     def _joint(self, name: str, term: Term, answer: Answer) -> nn.Module | None:
         missing = [node for node in term.nodes if node not in answer.nodes]

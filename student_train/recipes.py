@@ -28,6 +28,10 @@ class StudentSpec(Strict):
     arguments: dict[str, Any] = Field(default_factory=dict)
 
 
+def _default(spec: type[Strict], name: str) -> Any:
+    return spec.model_fields[name].default
+
+
 class TrainSpec(Strict):
     """The optimiser, its schedule and the batches."""
 
@@ -55,6 +59,13 @@ class TrainSpec(Strict):
     workers: int = Field(default=0, ge=0, description="processes that prepare batches")
     threads: int | None = Field(default=None, gt=0, description="torch threads; tiny students run fastest with 1")
     device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    @model_validator(mode="after")
+    def _of_its_schedule(self) -> TrainSpec:
+        told = {name for name in ("milestones", "step_factor") if getattr(self, name) != _default(type(self), name)}
+        if told and self.schedule != "step":
+            raise ValueError(f"`{min(told)}` is for `schedule: step`")
+        return self
 
     @field_validator("milestones")
     @classmethod

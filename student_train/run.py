@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic.fields import FieldInfo
 from torch import nn
 
 from student_train.cached_rows import CachedRows, OwnViews
 from student_train.checkpoint import save_model
 from student_train.data import LabelledRows, Rows
 from student_train.evaluate import accuracy
-from student_train.recipes import DataSpec, RunSpec
+from student_train.recipes import DataSpec, RunSpec, TrainSpec
 from student_train.stream import ViewStream
 from student_train.students import open_student
 from student_train.term_specs import TermSpec, open_objective
-from student_train.train import FitResult, Log, fit
+from student_train.train import FitResult, Log, fit, rehearse
 from teacher_cache import Cache
 from teacher_cache.errors import SpecError
 from teacher_cache.fingerprint import fingerprint
@@ -86,6 +87,12 @@ def train_one(
     return result
 
 
+def rehearse_one(spec: RunSpec, opened: Opened, terms: tuple[TermSpec, ...], seed: int) -> None:
+    """Says what `train_one` would refuse, and trains nothing."""
+    student, stream = _student(spec, opened, seed), open_stream(spec, opened, terms, seed)
+    rehearse(student, stream, open_objective(terms), spec.normalize or opened.train.normalize)
+
+
 def open_stream(spec: RunSpec, opened: Opened, terms: tuple[TermSpec, ...], seed: int) -> ViewStream:
     """The stream that a run trains from; refuses what does not fit the data."""
     return ViewStream(
@@ -132,7 +139,21 @@ def _run_fingerprint(spec: RunSpec, opened: Opened, terms: tuple[TermSpec, ...],
     # Paths are not what data is: a cache that was built again for another teacher is other data.
     body = spec.model_dump(mode="json", exclude=excluded)
     body |= {"data": opened.train.fingerprint, "evaluate": opened.test.fingerprint}
-    return fingerprint("run", 1, {**body, "terms": [term.model_dump(mode="json") for term in terms], "seed": seed})
+    body["train"] = _without_later(body["train"], TrainSpec.model_fields)
+    told = [_without_later(term.model_dump(mode="json"), type(term).model_fields) for term in terms]
+    return fingerprint("run", 1, {**body, "terms": told, "seed": seed})
+
+
+_LATER = {"milestones", "step_factor", "warmup", "clip_norm", "accumulate", "precision", "ema", "standardise"}
+"""What runs of earlier releases could not be told: as long as it says nothing, such a run goes on."""
+
+
+def _without_later(body: dict[str, Any], fields: Mapping[str, FieldInfo]) -> dict[str, Any]:
+    def said(name: str, value: Any) -> bool:
+        default = fields[name].default
+        return name not in _LATER or value != (list(default) if isinstance(default, tuple) else default)
+
+    return {name: value for name, value in body.items() if said(name, value)}
 
 
 def evaluate_weights(spec: RunSpec, weights: Path) -> float:

@@ -188,6 +188,10 @@ class ViewStream:
             yield batch
         self.epoch, self.step = self.epoch + 1, 0
 
+    def peek(self) -> Batch:
+        """The next batch, made here; the stream stays where it is."""
+        return self._steps[(self.epoch, self.step)]
+
     def state_dict(self) -> dict[str, Any]:
         """Where the stream is: plain values; taken after a batch, it means that this batch is done."""
         return {"epoch": self.epoch, "step": self.step, **self._identity()}

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, assert_never
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from student_train.feature_terms import AttentionTransfer, Feature, Relations, SimilarityPreserving
 from student_train.objective import Objective, Term
 from student_train.terms import DIST, DKD, KD, NKD, CrossEntropy, EnsembleKD, LogitMSE
 from student_train.weight import Schedule
+from teacher_cache.errors import SpecError
 from teacher_cache.spec import Strict
 
 Positive = Annotated[float, Field(gt=0)]
@@ -19,6 +20,14 @@ WeightSpec = Positive | tuple[tuple[float, float], ...]
 
 class _Spec(Strict):
     weight: WeightSpec = 1.0
+
+    @field_validator("weight")
+    @classmethod
+    def _is_schedule(cls, weight: WeightSpec) -> WeightSpec:
+        try:
+            return weight if not isinstance(weight, tuple) else Schedule(weight).points
+        except SpecError as error:
+            raise ValueError(error.rule) from error
 
     @property
     def told(self) -> dict[str, Any]:

@@ -116,6 +116,29 @@ def _shapes(
     return Shapes({node: tuple(value.shape[1:]) for node, value in nodes.items()}, fields)
 
 
+def rehearse(
+    student: nn.Module, stream: ViewStream, objective: Objective, normalization: NormalizeSpec | None = None
+) -> None:
+    """Computes every term once for the stream's next batch, and learns nothing: what does not fit is said here.
+
+    Args:
+        student: a copy that is thrown away: batch norm sees a batch.
+        stream: stays where it is.
+        objective: is joined to the student, with other random numbers than a run draws.
+        normalization: of the student's input; the recipe's where not given.
+
+    Raises:
+        RequestError: fields, nodes, labels or targets are not what a term needs.
+    """
+    _check(objective, stream)
+    normalization = normalization or stream.data.normalize
+    batch = stream.peek()
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), Taps(student, objective.nodes) as answer:
+        objective.join(_shapes(answer, objective, stream, normalization, torch.device("cpu")))
+        said = answer(normalize(batch.views_BCHW, normalization))
+        objective.each(said, batch)
+
+
 def _check(objective: Objective, stream: ViewStream) -> None:
     if objective.needs_labels and stream.data.labels is None:
         hint = "Leave `cross_entropy` out, or use a labelled source."
@@ -139,15 +162,16 @@ class _Sums:
 
     def __init__(self) -> None:
         self._sums: dict[str, torch.Tensor] = {}
-        self._rows = 0
+        self._rows: dict[str, int] = {}
+        """Of each value its own: a term counts only in the rows for which it was computed."""
 
     def add(self, values: dict[str, torch.Tensor], rows: int) -> None:
-        self._rows += rows
         for name, value in values.items():
+            self._rows[name] = self._rows.get(name, 0) + rows
             self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value * rows
 
     def means(self) -> dict[str, float]:
-        means = {name: float(value) / self._rows for name, value in self._sums.items()}
+        means = {name: float(value) / self._rows[name] for name, value in self._sums.items()}
         if not math.isfinite(means["loss"]):
             hint = "Lower train.lr; the last checkpoint is from the epoch before."
             raise NonFiniteError("loss", "must stay finite", means["loss"], hint)

@@ -8,7 +8,7 @@ from pathlib import Path
 from teacher_cache.addition import Addition
 from teacher_cache.errors import SpecError
 from teacher_cache.index import Index
-from teacher_cache.lease import alone, is_lease
+from teacher_cache.lease import alone, is_lease, sweep
 from teacher_cache.manifest import Manifest, read_manifest, write_manifest
 from teacher_cache.receipts import receipt_names
 from teacher_cache.seal import clear_begun
@@ -45,6 +45,8 @@ def abandon(path: str | Path) -> AbandonReport:
         BuildError: another process builds it, or a file cannot be removed.
     """
     root = open_root(path)
+    # Before a lease is written: where there is no cache nothing is made.
+    read_manifest(root)
     with alone(root, "must not be changed while another process builds it"):
         manifest = read_manifest(root)
         kept = _require_some(root, manifest)
@@ -57,6 +59,7 @@ def abandon(path: str | Path) -> AbandonReport:
             root.remove(name)
         write_manifest(root, kept)
         clear_begun(root, kept)
+        sweep(root)
         remove_unfinished(root, is_lease)
         if isinstance(root, LocalRoot):
             _remove_empty(root.path / "data")
@@ -66,6 +69,10 @@ def abandon(path: str | Path) -> AbandonReport:
 def _require_some(root: Root, manifest: Manifest) -> Manifest:
     """The manifest without what is being added."""
     kept = manifest.sealed()
+    if manifest.state == "sealed":
+        # A call that was killed when all but the last was done.
+        clear_begun(root, manifest)
+        sweep(root)
     if manifest.state == "sealed" or kept is None:
         found = "everything is sealed" if kept is not None else "its first addition is being built"
         hint = "There is nothing to give up." if kept is not None else "Remove the whole cache instead."

@@ -124,7 +124,7 @@ def _enlist(root: Root, opened: Opened, beginning: Beginning, lease: Lease) -> M
     """Becomes the one that leads the build, or one of those that share it; an addition is then begun."""
     while True:
         leader = lease.claim(LEAD)
-        if not lease.me.joined:
+        if not lease.me.joined or (leader is not None and leader.exclusive):
             _require_alone(root, lease, leader)
         # Whoever led before may have begun or sealed it since we looked.
         if found_manifest(root) != beginning.found:
@@ -141,6 +141,9 @@ def _require_alone(root: Root, lease: Lease, leader: Builder | None) -> None:
     others = [one for one in at_work(root) if one.joined and one.id != lease.me.id]
     other = leader or (others[0] if others else None)
     if other is not None:
+        if other.exclusive:
+            hint = "Wait until it is done, then run the same command again."
+            raise BuildError(root.url, "is being repaired, or given up in part, by another process", other, hint)
         hint = (
             "Wait until it is done, or share the work: the same command with --join. If it is gone, the same command "
             "takes over when its lease has run out."

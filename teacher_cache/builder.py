@@ -35,6 +35,8 @@ class Builder:
     """Seconds since 1970, by its host's clock."""
     until: float
     """After this nobody need think that it is alive."""
+    exclusive: bool = False
+    """Whether nobody may build beside it, nor join: it repairs, or gives up."""
 
     @classmethod
     def from_bytes(cls, data: bytes | None) -> Builder | None:
@@ -55,10 +57,11 @@ class Builder:
         return time.time() < self.until
 
     @classmethod
-    def here(cls, joined: bool) -> Builder:
+    def here(cls, joined: bool, exclusive: bool = False) -> Builder:
         """A new builder, in this process; its lease has run out."""
         now, pid = time.time(), os.getpid()
-        return cls(uuid.uuid4().hex, socket.gethostname(), _machine(), pid, _born(pid), joined, now, now)
+        host = socket.gethostname()
+        return cls(uuid.uuid4().hex, host, _machine(), pid, _born(pid), joined, now, now, exclusive)
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}, since {_clock(self.since)}, lease until {_clock(self.until)}"

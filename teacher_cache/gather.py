@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from teacher_cache.addition import Addition
-from teacher_cache.errors import HoleError
+from teacher_cache.encodings import Part
+from teacher_cache.errors import HoleError, SpecError
 from teacher_cache.index import Index
 from teacher_cache.samples import Samples
 from teacher_cache.storage import FileRecord, Group, GroupReader, open_maps, open_store
@@ -91,6 +92,8 @@ class Gatherer:
         """
         blocks = self.blocks(wanted, view)
         self._require_committed(wanted, view, rows, blocks)
+        if out is not None:
+            _require_fit(out, next(item for item in blocks[0].group.parts if item.name == part), len(rows))
         if len(blocks) == 1:
             first = blocks[0].addition.extent.first_row
             gathered = self._reader(blocks[0], view).gather(part, rows - first if first else rows, out)
@@ -156,6 +159,14 @@ class Gatherer:
                 return
             _, oldest = self.readers.popitem(last=False)
             oldest.clear()
+
+
+def _require_fit(out: NDArray[Any], part: Part, rows: int) -> None:
+    shape = (rows, *part.shape)
+    if out.shape != shape or out.dtype != part.dtype or not out.flags.c_contiguous:
+        hint = "Take cache.buffers(field, rows), and of a smaller batch their first rows: buffer[:len(rows)]."
+        found = f"{out.dtype} {list(out.shape)}"
+        raise SpecError(f"out[{part.name!r}]", f"must be {part.dtype} {list(shape)}, row after row", found, hint)
 
 
 def _records(index: Index, view: int) -> Callable[[int], Mapping[str, FileRecord]]:

@@ -148,9 +148,9 @@ _LOST = "Nothing is damaged: what is committed stays. See `teacher-cache status 
 class Lease:
     """This builder's lease, renewed by a thread while it is open; and its claims, given back when it closes."""
 
-    def __init__(self, root: Root, joined: bool = False) -> None:
+    def __init__(self, root: Root, joined: bool = False, exclusive: bool = False) -> None:
         self.root, self._term = root, TERM
-        self.me = Builder.here(joined)
+        self.me = Builder.here(joined, exclusive)
         self.hold = Hold(absolute(root), self.me.id)
         self.held: dict[str, str] = {}
         """What is claimed, and by which file."""
@@ -279,7 +279,7 @@ def alone(root: Root, rule: str) -> Iterator[None]:
     Raises:
         BuildError: one is at work; says by which rule that is wrong.
     """
-    with Lease(root) as lease:
+    with Lease(root, exclusive=True) as lease:
         leader = lease.claim(LEAD)
         other = leader or next((one for one in at_work(root) if one.id != lease.me.id), None)
         if other is not None:

@@ -291,6 +291,7 @@ class Cache:
             HoleError: a row's shard is not committed, or the row or view is outside the plan.
             TombstoneError: a row's sample could not be decoded when the cache was built.
             CorruptionError: a stored byte is not the byte that was committed there.
+            SpecError: `out` has another shape or type than these rows.
         """
         target: Target = self.encoding_of(field).decode(self.columns(field, view, rows, out))
         return target

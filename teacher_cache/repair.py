@@ -114,9 +114,10 @@ def repair(
     cache = _opened(root, source, done)
     if cache is not None:
         damage = find_damage(cache)
-        changes = damage.shards or damage.metadata or damage.receipts or (remove_strays and damage.strays)
-        busy = "must not be repaired while another process builds it"
-        with alone(root, busy) if changes else contextlib.nullcontext():
+        if damage.shards or damage.metadata or damage.receipts or (remove_strays and damage.strays):
+            with alone(root, "must not be repaired while another process builds it"):
+                _repair_as_it_is(root, source, damage, remove_strays, progress, done)
+        else:
             _repair(cache, damage, remove_strays, progress, done)
     return RepairReport(
         path=root.url,
@@ -127,6 +128,19 @@ def repair(
         seconds=time.perf_counter() - started,
         left=tuple(done.left),
     )
+
+
+def _repair_as_it_is(
+    root: Root, source: SourceSpec | None, seen: Damage, remove_strays: bool, progress: Progress | None, done: _Done
+) -> None:
+    """Looks again now that nobody builds: a build may have sealed, meanwhile, what seemed to belong to nothing."""
+    cache = _opened(root, source, done)
+    if cache is None:
+        return
+    damage = find_damage(cache)
+    # Our own lease is there by now.
+    strays = {name for name in damage.strays if not is_lease(name)} | {name for name in seen.strays if is_lease(name)}
+    _repair(cache, replace(damage, strays=tuple(sorted(strays))), remove_strays, progress, done)
 
 
 def _opened(root: Root, source: SourceSpec | None, done: _Done) -> Cache | None:

@@ -13,7 +13,7 @@ from toy_builds import tree
 
 import teacher_cache as tc
 from teacher_cache.build import build
-from teacher_cache.errors import BuildError, SpecError
+from teacher_cache.errors import BuildError, CacheNotFoundError, SpecError
 
 run = test_cli.run
 __all__ = ["data"]
@@ -79,7 +79,8 @@ def test_killed_at_any_change(kind: str, data: Data, tmp_path: Path) -> None:
         if tc.open(path).manifest.state == "building":
             tc.abandon(path)
         else:
-            assert tc.repair(path, remove_strays=True).ok
+            with pytest.raises(SpecError, match="everything is sealed"):
+                tc.abandon(path)
         assert cache_files(path) == before, point
         point += 1
     assert point > 10
@@ -122,3 +123,20 @@ def test_the_command(run: test_cli.Run, data: Data, tmp_path: Path) -> None:
     code, _, error = run("teacher-cache", "abandon", str(tmp_path / "cache"))
     assert code == 2
     assert "everything is sealed" in error
+
+
+def test_nothing_of_a_builder_that_was_killed_stays(data: Data, tmp_path: Path) -> None:
+    """Its lease and its claims are no part of the cache that is left."""
+    before = begun(WISHES["views"], tmp_path / "cache", data, "zarr")
+    for folder, name in (("builders", "0" * 32), ("claims", "v0002-s000001")):
+        (tmp_path / "cache" / folder).mkdir()
+        (tmp_path / "cache" / folder / f"{name}.json").write_bytes(b"gone")
+    tc.abandon(tmp_path / "cache")
+    assert tree(tmp_path / "cache") == before
+    assert tc.verify(tmp_path / "cache").ok
+
+
+def test_where_there_is_no_cache_nothing_is_made(tmp_path: Path) -> None:
+    with pytest.raises(CacheNotFoundError):
+        tc.abandon(tmp_path / "typo" / "path")
+    assert list(tmp_path.iterdir()) == []

@@ -12,6 +12,7 @@ from toy_builds import numpy_source
 from student_train import compare as module
 from student_train.compare import compare, difference
 from student_train.recipes import CompareSpec
+from teacher_cache.errors import RequestError, TeacherCacheError
 from teacher_cache.spec import parse
 
 
@@ -60,3 +61,45 @@ def test_finished_cells_are_not_trained_again(
     assert seen == []
     assert again.accuracy == first.accuracy
     assert module.Difference("a", "b", 0.0, 0.0, 0.0).significant is False
+
+
+@pytest.mark.parametrize(
+    ("term", "said"),
+    [
+        ({"kind": "feature", "node": "nowhere", "field": "feature:stem"}, "must be a module of the student"),
+        ({"kind": "feature", "node": "head", "field": "feature:nope"}, "feature:nope"),
+        ({"kind": "attention", "node": "stem", "field": "feature:stem"}, "attention.stem"),
+    ],
+)
+def test_an_arm_that_cannot_be_trained_is_refused_before_the_first(
+    term: dict[str, Any], said: str, built: Path, arrays: Path, tmp_path: Path
+) -> None:
+    """Fields, nodes and what they put out: nobody trains for hours before that is looked at."""
+    spec = compare_spec(tmp_path / "run", built, arrays)
+    arms = {"ce": [{"kind": "cross_entropy"}], "wrong": [{"kind": "cross_entropy"}, term]}
+    spec = parse(CompareSpec, {**spec.model_dump(mode="json"), "arms": arms}, "test")
+    with pytest.raises(TeacherCacheError, match=said):
+        compare(spec)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("train", "said"),
+    [
+        ({"milestones": [0.3]}, "`milestones` is for `schedule: step`"),
+        ({"step_factor": 0.5}, "is for `schedule: step`"),
+    ],
+)
+def test_what_a_schedule_does_not_use_is_refused(
+    train: dict[str, Any], said: str, built: Path, arrays: Path, tmp_path: Path
+) -> None:
+    body = compare_spec(tmp_path / "run", built, arrays).model_dump(mode="json")
+    with pytest.raises(RequestError, match=said):
+        parse(CompareSpec, {**body, "train": {**body["train"], **train}}, "test")
+
+
+def test_a_wrong_weight_is_named_with_its_arm(built: Path, arrays: Path, tmp_path: Path) -> None:
+    body = compare_spec(tmp_path / "run", built, arrays).model_dump(mode="json")
+    arms = {**body["arms"], "kd": [{"kind": "kd", "weight": [[0.5, 1], [0.2, 1]]}]}
+    with pytest.raises(RequestError, match=r"arms\.kd\.objective\.0.*weight.*in the order of progress"):
+        parse(CompareSpec, {**body, "arms": arms}, "test")

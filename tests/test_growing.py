@@ -34,6 +34,7 @@ from teacher_cache.errors import (
     CorruptionError,
     HoleError,
     MismatchError,
+    SpecError,
     TombstoneError,
     ViewMismatch,
 )
@@ -1007,6 +1008,21 @@ class TestReading:
         out = cache.buffers("logits", 3)
         read = cache.columns("logits", 2, [13, 0, 9], out)["values"]
         assert (read == whole["teacher"].columns("logits", 2, [13, 0, 9])["values"]).all()
+
+    @pytest.mark.parametrize("where", ["one segment", "two"])
+    def test_only_what_fits_is_read_into(self, where: str, grown_cache: Path) -> None:
+        """A buffer that is too long would keep rows of the read before."""
+        cache = tc.open(grown_cache)
+        rows = [0, 3, 5] if where == "one segment" else [13, 2, 5]
+        wrong = [np.empty((8, 10), np.float32), np.empty((3, 10), np.float64), np.empty((10, 3), np.float32).T]
+        for buffer in wrong:
+            with pytest.raises(SpecError, match=r"out\['values'\]: must be float32 \[3, 10\].*buffer\[:len\(rows\)\]"):
+                cache.read("logits", 1, rows, {"values": buffer})
+        out = cache.buffers("logits", 8)
+        part = {name: buffer[:3] for name, buffer in out.items()}
+        assert torch.equal(
+            cache.read("logits", 1, rows, part).dense().values, cache.read("logits", 1, rows).dense().values
+        )
 
     def test_totals(self, grown_cache: Path) -> None:
         cache = tc.open(grown_cache)

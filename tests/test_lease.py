@@ -290,6 +290,16 @@ class TestOneBuilder:
         serial(spec, at(16, damage_and_repair))
         assert tree(Path(spec.cache)) == whole
 
+    def test_nobody_joins_what_is_given_up(self, spec: BuildSpec) -> None:
+        """While one process repairs or abandons, also those that would share the work are refused."""
+        with contextlib.suppress(KeyboardInterrupt):
+            serial(spec, at(8, _interrupt))
+        with lease.alone(LocalRoot(Path(spec.cache)), "is ours"):
+            for join in (False, True):
+                with pytest.raises(BuildError, match="is being repaired, or given up in part"):
+                    serial(spec, join=join)
+        assert serial(spec).shards_built == 7
+
     def test_two_at_once(self, arrays: Path, tmp_path: Path, whole: dict[str, str]) -> None:
         """One builds; the other is refused, or came when all was done."""
         for number in range(3):

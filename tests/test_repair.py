@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -329,3 +331,36 @@ def test_the_command(run: test_cli.Run, cache: Path) -> None:
     assert (code, "sound" in out) == (0, True)
     assert run("teacher-cache", "repair", cache / "nowhere")[0] == 2
     assert not os.path.lexists(cache / "stray")
+
+
+def test_what_a_build_sealed_meanwhile_is_no_stray(cache: Path, arrays: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the first look and the lease a build began and ended: its files belong to something by now."""
+    module, looks = importlib.import_module("teacher_cache.repair"), list[int]()
+    real = module.find_damage
+    (cache / "stray").write_bytes(b"")
+
+    def look(opened: tc.Cache) -> Any:
+        found = real(opened)
+        if not looks:
+            spec = toy_spec(cache, arrays, store=opened.manifest.store.model_dump(), views__count=3)
+            looks.append(tc.build(spec, "serial").shards_built)
+        return found
+
+    monkeypatch.setattr(module, "find_damage", look)
+    report = tc.repair(cache, remove_strays=True)
+    assert looks == [4]
+    assert (report.ok, report.removed) == (True, ("stray",))
+    assert tc.verify(cache, views=20, recompute=20).ok
+    assert tc.open(cache).views == 3
+
+
+def test_leases_of_builders_that_are_gone_are_strays(cache: Path) -> None:
+    """Those and nothing else go; our own, that the repair takes, is none of them."""
+    before = tree(cache)
+    for folder in ("builders", "claims"):
+        (cache / folder).mkdir()
+        (cache / folder / "lead.json").write_bytes(b"gone")
+    report = tc.repair(cache, remove_strays=True)
+    assert (report.ok, report.removed) == (True, ("builders/lead.json", "claims/lead.json"))
+    assert tree(cache) == before
+    assert not (cache / "claims").exists()

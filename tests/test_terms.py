@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -194,6 +195,17 @@ class TestTaps:
             assert set(answer(images(batch)).nodes) == {"maps", "head"}
         assert not any(module._forward_hooks for module in student.modules())
 
+    def test_who_else_runs_the_student_is_not_listened_to(self, batch: Batch) -> None:
+        """An evaluation between two steps, and a copy that keeps the running average."""
+        student = seeded(Net)
+        with Taps(student, ["maps"]) as answer:
+            copied = copy.deepcopy(student)
+            for _ in range(2):
+                answer(images(batch))
+                for module in (student, copied):
+                    module(images(batch))
+                    module(images(batch))
+
     @pytest.mark.parametrize("node", ["", "nowhere", "maps.weight"])
     def test_what_is_no_module_is_refused(self, node: str) -> None:
         with pytest.raises(SpecError, match="Modules: maps, norm, act, head"):
@@ -249,7 +261,7 @@ def test_what_does_not_fit_is_refused_before_the_first_step(term: Term, node: An
 
 
 def test_equal_widths_need_no_projection() -> None:
-    for shape in ((3,), (3, 8, 8)):
+    for shape in ((3,), (3, 8, 8), (16, 32)):
         objective = Objective([Feature("maps", "f")])
         objective.join(Shapes({"maps": shape}, {"f": shape}))
         assert list(objective.parameters()) == []
@@ -279,6 +291,16 @@ class TestSchedule:
         loss, late = objective(torch.zeros(4, 10), replace(batch, targets={}), 0.5)
         assert (set(early), set(late)) == ({"kd", "cross_entropy"}, {"cross_entropy"})
         assert float(loss) == float(late["cross_entropy"])
+
+    @pytest.mark.parametrize(
+        "points", [((0, 1), (0.5, 1), (0.5, 0)), ((0, 0), (0.3, 1)), ((0.2, 1), (0.4, 0), (0.6, 1))]
+    )
+    def test_steps_that_learn_nothing_are_refused(self, points: Any) -> None:
+        """Of all terms together: one that counts makes up for the others."""
+        with pytest.raises(SpecError, match=r"must not be 0 of all terms at once \(found: at progress"):
+            Objective([KD(weight=Schedule(points))])
+        Objective([KD(weight=Schedule(points)), CrossEntropy()])
+        Objective([KD(weight=Schedule(((0, 1), (1, 0))))])
 
     @pytest.mark.parametrize(
         "points", [(), ((0, -1),), ((0, 0), (1, 0)), ((0.5, 1), (0.2, 1)), ((1.5, 1),), ((0, float("nan")),)]
@@ -366,3 +388,19 @@ def test_shapes_come_from_a_look_that_changes_nothing(cache: Path) -> None:
         fit(student, stream, Objective(terms), TrainSpec(epochs=1, batch_size=9, device="cpu"))
         statistics.append(student.norm.running_mean)
     assert torch.equal(*statistics)
+
+
+def test_tokens_are_projected_by_their_width() -> None:
+    objective = Objective([Feature("maps", "f")])
+    objective.join(Shapes({"maps": (16, 32)}, {"f": (16, 64)}))
+    assert [tuple(weight.shape) for weight in objective.parameters()] == [(64, 32), (64,)]
+
+
+def test_a_term_that_ends_within_an_epoch_is_logged_as_it_was(cache: Path) -> None:
+    """Its mean is over the rows for which it was computed, and it is gone from the next epoch's entry."""
+    terms = [KD(weight=Schedule(((0, 1), (0.5, 1), (0.5, 0)))), CrossEntropy()]
+    told = TrainSpec(epochs=3, batch_size=9, lr=1e-12, momentum=0, weight_decay=0, device="cpu")
+    first, second, third = fit(seeded(Net), ViewStream(tc.open(cache), batch_size=9), Objective(terms), told).history
+    assert second["kd"] == pytest.approx(first["kd"], rel=0.5)
+    assert second["kd"] > 0.8 * first["kd"]
+    assert "kd" not in third

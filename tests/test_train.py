@@ -17,7 +17,7 @@ from student_train import KD, Batch, CrossEntropy, Objective, TrainSpec, ViewStr
 from student_train.checkpoint import load_checkpoint, save_model
 from student_train.evaluate import accuracy
 from student_train.recipes import FitSpec, StudentSpec
-from student_train.run import evaluate_weights, open_data, train_one
+from student_train.run import _run_fingerprint, evaluate_weights, open_data, train_one
 from student_train.students import open_student
 from teacher_cache.encodings import DenseTarget
 from teacher_cache.errors import CacheNotFoundError, MismatchError, NonFiniteError, SpecError
@@ -214,3 +214,32 @@ def test_threads_are_set_while_training_and_put_back(built: Path, arrays: Path, 
     train_one(spec, open_data(spec), spec.objective, 0, tmp_path, lambda entry: seen.append(torch.get_num_threads()))
     assert seen == [1, 1, 1]
     assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize("ema", [None, 0.9])
+def test_features_and_an_evaluation(ema: float | None, built: Path, arrays: Path, tmp_path: Path) -> None:
+    """The evaluation runs the student too, in several batches, and the average is a copy of it."""
+    train = TRAIN.model_copy(update={"ema": ema, "epochs": 2}).model_dump()
+    objective = [{"kind": "cross_entropy"}, {"kind": "feature", "node": "stem", "field": "feature:stem"}]
+    spec = fit_spec(tmp_path, built, arrays, train=train, objective=objective)
+    result = train_one(spec, open_data(spec), spec.objective, 0, tmp_path)
+    assert set(result.history[-1]) >= {"feature", "cross_entropy", "accuracy"}
+    assert evaluate_weights(spec, tmp_path / "model.safetensors") == result.history[-1]["accuracy"]
+
+
+def test_a_run_of_an_earlier_release_goes_on(built: Path, arrays: Path, tmp_path: Path) -> None:
+    """What it could not be told is no part of its name as long as it says nothing."""
+    spec = fit_spec(tmp_path, built, arrays)
+    opened, seen = open_data(spec), list[dict[str, Any]]()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("student_train.run.fingerprint", lambda _kind, _version, body: seen.append(body) or "name")
+        _run_fingerprint(spec, opened, spec.objective, 0)
+        other = fit_spec(tmp_path, built, arrays, train={**TRAIN.model_dump(), "ema": 0.9, "warmup": 0.1})
+        _run_fingerprint(other, opened, other.objective, 0)
+    now, later = seen
+    assert set(now["train"]) == {
+        *("epochs", "batch_size", "optimizer", "lr", "momentum", "weight_decay", "schedule", "drop_last"),
+        *("check_views", "views_per_decode", "threads"),
+    }
+    assert now["terms"][0] == {"kind": "kd", "weight": 1.0, "temperature": 2.0, "field": "logits"}
+    assert set(later["train"]) - set(now["train"]) == {"ema", "warmup"}
