@@ -8,13 +8,14 @@ larger is another answer. Every figure below is a difference divided by its boun
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from teacher_cache.encodings import DenseTarget, Encoding, SampledLogits, Sequenced, SparseTarget, Target
-from teacher_cache.encodings.scales import Channels, Head, Steps, from_levels
+from teacher_cache.encodings.scales import ROOT_RANGE, Channels, Head, Steps, from_levels
 
 NOISE = {"fp32": 2.0**-8, "fp16": 2.0**-8, "bf16": 2.0**-5}
 """δ by the teacher's precision, relative to the largest value. float32 includes TF32, which GPUs convolve in by default
@@ -111,6 +112,8 @@ class _Kept:
     count_B: Tensor
     tail_B: Tensor
     """log Σ exp of the classes left out, less the maximum."""
+    least: float
+    """Where stored values end: what is further down is stored as this."""
 
     @property
     def inside_BK(self) -> Tensor:
@@ -138,7 +141,8 @@ def _kept(target: SparseTarget) -> _Kept:
         # Half a level of the root, 4/255 of eight: depth = root², and the root itself is known to half a level.
         error_BK = 4 / 255 * (2 * (logits_BK.abs().sqrt() + 4 / 255) + 4 / 255)
     ids_BK = torch.where(inside_BK, target.indices_BK.long(), target.classes)
-    return _Kept(logits_BK, error_BK, ids_BK, count_B, target.tail_logmass_B.double())
+    tail_B, least = target.tail_logmass_B.double(), -ROOT_RANGE if levels else -math.inf
+    return _Kept(logits_BK, error_BK, ids_BK, count_B, tail_B, least)
 
 
 def _sparse(stored: SparseTarget, fresh: SparseTarget, noise: float) -> Tensor:
@@ -174,7 +178,7 @@ def _changed_places(ours: _Kept, theirs: _Kept, shift_BK: Tensor) -> Tensor:
     """Class by class: one that both keep has its value in both; one that the other left out was at its edge, [B]."""
     there_BK, found_BK = _looked_up(ours.ids_BK, theirs.ids_BK)
     # What is left out is no larger than the smallest that is kept, nor than all that is left out together.
-    edge_B1 = torch.minimum(theirs.smallest_B1, theirs.tail_B[:, None])
+    edge_B1 = torch.minimum(theirs.smallest_B1, theirs.tail_B[:, None]).clamp(min=theirs.least)
     value_BK = torch.where(there_BK, theirs.logits_BK.gather(1, found_BK), edge_B1)
     error_BK = torch.where(there_BK, theirs.error_BK.gather(1, found_BK), theirs.error_BK.amax(1, keepdim=True))
     above_BK = ours.logits_BK - value_BK

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from strategies import SEEDS
 from torch import Tensor
@@ -68,6 +68,7 @@ def rounded(values: Tensor, seed: int, noise: float) -> Tensor:
 
 @pytest.mark.parametrize("name", LOGITS)
 @given(seed=SEEDS, scale=st.sampled_from([0.01, 1.0, 5.0, 30.0]))
+@example(seed=576, scale=30.0)  # A class further down than a byte reaches: kept by one, left out by the other.
 def test_rounding_is_no_disagreement(name: str, seed: int, scale: float) -> None:
     """The worst rounding everywhere, at once: levels, ids, counts and tails may change, and stay within bounds."""
     encoding, values = encoding_of(LOGITS[name]), answers(seed, scale)

@@ -19,7 +19,7 @@ from torchvision.transforms import v2
 from toy_builds import CLASSES, ROWS, expected_logits, numpy_source, toy_spec, tree
 
 import teacher_cache as tc
-from student_train import CrossEntropy, ViewStream
+from student_train import Answer, CrossEntropy, ViewStream
 from student_train.data import LabelledRows
 from student_train.stream import Batch
 from teacher_cache.errors import MismatchError, SpecError
@@ -316,4 +316,4 @@ def test_cross_entropy_takes_both_labels_by_their_shares(mixed: Path) -> None:
     soft_BC = shares_B1 * hot(batch.labels_B, CLASSES) + (1 - shares_B1) * hot(batch.mixing.labels_B, CLASSES)
     for smoothing in (0.0, 0.1):
         expected = torch.nn.functional.cross_entropy(logits_BC, soft_BC, label_smoothing=smoothing)
-        torch.testing.assert_close(CrossEntropy(label_smoothing=smoothing)(logits_BC, batch), expected)
+        torch.testing.assert_close(CrossEntropy(label_smoothing=smoothing)(Answer(logits_BC), batch), expected)
