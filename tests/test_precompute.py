@@ -201,7 +201,7 @@ def test_a_recipe_that_mixes_is_not_bisected(cluster: None, tmp_path: Path) -> N
         ("Raises", BuildError, r"images/20 … images/23.*the poison was too much"),
         ("OtherShape", BuildError, r"images/20 … images/23.*must answer logits as \(4, 10\)"),
         ("NaNs", NonFiniteError, r"images/20, view 0, logits.*nan"),
-        ("Infinite", NonFiniteError, r"images/20, view 0, logits.*inf"),
+        pytest.param("Infinite", NonFiniteError, r"images/20, view 0, logits.*inf", marks=pytest.mark.slow),
     ],
 )
 def test_errors_arrive_as_they_were_raised(

@@ -41,7 +41,10 @@ def many(arrays: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class TestSeveralViewsOfOneDecoding:
-    @pytest.mark.parametrize(("together", "executor"), [(1, "serial"), (3, "serial"), (6, "serial"), (3, "ray")])
+    @pytest.mark.parametrize(
+        ("together", "executor"),
+        [(1, "serial"), (3, "serial"), (6, "serial"), pytest.param(3, "ray", marks=pytest.mark.slow)],
+    )
     def test_building_gives_the_same_bytes(
         self, many: Path, arrays: Path, tmp_path: Path, together: int, executor: Any
     ) -> None:
