@@ -20,13 +20,14 @@ from student_train.losses import (
 )
 from student_train.objective import Shape, Shapes
 from student_train.stream import Batch
+from student_train.terms import OfOneField
 from student_train.weight import Weight, require_weight
 from teacher_cache.encodings import Target
 from teacher_cache.errors import SpecError
 
 
 @dataclass(frozen=True)
-class OfFeatures:
+class OfFeatures(OfOneField):
     """A node of the student and a cached field that is compared with it."""
 
     node: str
@@ -40,11 +41,6 @@ class OfFeatures:
 
     def __post_init__(self) -> None:
         require_weight(self.name, self.weight)
-
-    @property
-    def reads(self) -> tuple[str, ...]:
-        """The cached field."""
-        return (self.field,)
 
     @property
     def nodes(self) -> tuple[str, ...]:

@@ -34,10 +34,31 @@ def require_positive(name: str, value: float) -> None:
         raise SpecError(name, "must be above 0", value, "Choose another value.")
 
 
+class OfOneField:
+    """What terms that read one cached field have in common."""
+
+    field: str
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The cached field."""
+        return (self.field,)
+
+
 class OfLogits:
     """What terms that read nothing of a student but its logits have in common."""
 
+    weight: Weight
+    temperature: float = 1.0
+    """Of a term that has none to choose."""
+
+    name: ClassVar[str]
+    needs_labels: ClassVar[bool] = False
     nodes: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        require_weight(self.name, self.weight)
+        require_positive(f"{self.name}.temperature", self.temperature)
 
     def joint(self, _shapes: Shapes) -> nn.Module | None:
         """Nothing is trained beside the student."""
@@ -57,7 +78,7 @@ class CrossEntropy(OfLogits):
     reads: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
-        require_weight(self.name, self.weight)
+        super().__post_init__()
         if not 0 <= self.label_smoothing < 1:
             rule = "must be in 0..1, 1 excluded"
             raise SpecError("cross_entropy.label_smoothing", rule, self.label_smoothing, "Choose another value.")
@@ -78,7 +99,7 @@ class CrossEntropy(OfLogits):
 
 
 @dataclass(frozen=True)
-class KD(OfLogits):
+class KD(OfOneField, OfLogits):
     """Soft targets: T² · KL(teacher ‖ student) at temperature T."""
 
     weight: Weight = 1.0
@@ -89,16 +110,6 @@ class KD(OfLogits):
     """Whether both sides' logits are brought to mean 0 and deviation 1 first (Sun et al. 2024)."""
 
     name: ClassVar[str] = "kd"
-    needs_labels: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        require_weight(self.name, self.weight)
-        require_positive("kd.temperature", self.temperature)
-
-    @property
-    def reads(self) -> tuple[str, ...]:
-        """The field of the logits."""
-        return (self.field,)
 
     def __call__(self, answer: Answer, batch: Batch, _joint: nn.Module | None = None) -> Tensor:
         target = batch.targets[self.field]
@@ -108,29 +119,20 @@ class KD(OfLogits):
 
 
 @dataclass(frozen=True)
-class LogitMSE(OfLogits):
+class LogitMSE(OfOneField, OfLogits):
     """Mean squared difference of the logits, each less its row's mean (Ba and Caruana 2014)."""
 
     weight: Weight = 1.0
     field: str = "logits"
 
     name: ClassVar[str] = "logit_mse"
-    needs_labels: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        require_weight(self.name, self.weight)
-
-    @property
-    def reads(self) -> tuple[str, ...]:
-        """The field of the logits."""
-        return (self.field,)
 
     def __call__(self, answer: Answer, batch: Batch, _joint: nn.Module | None = None) -> Tensor:
         return logit_mse(answer.logits_BC, batch.targets[self.field])
 
 
 @dataclass(frozen=True)
-class DIST(OfLogits):
+class DIST(OfOneField, OfLogits):
     """Pearson correlation with the teacher, within rows and within classes (Huang et al. 2022)."""
 
     weight: Weight = 1.0
@@ -140,16 +142,6 @@ class DIST(OfLogits):
     field: str = "logits"
 
     name: ClassVar[str] = "dist"
-    needs_labels: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        require_weight(self.name, self.weight)
-        require_positive("dist.temperature", self.temperature)
-
-    @property
-    def reads(self) -> tuple[str, ...]:
-        """The field of the logits."""
-        return (self.field,)
 
     def __call__(self, answer: Answer, batch: Batch, _joint: nn.Module | None = None) -> Tensor:
         target = batch.targets[self.field]
@@ -165,7 +157,7 @@ def _labels(batch: Batch, name: str) -> Tensor:
 
 
 @dataclass(frozen=True)
-class DKD(OfLogits):
+class DKD(OfOneField, OfLogits):
     """Soft targets taken apart: the label against all others, and the others among themselves (Zhao et al. 2022)."""
 
     weight: Weight = 1.0
@@ -179,22 +171,13 @@ class DKD(OfLogits):
     name: ClassVar[str] = "dkd"
     needs_labels: ClassVar[bool] = True
 
-    def __post_init__(self) -> None:
-        require_weight(self.name, self.weight)
-        require_positive("dkd.temperature", self.temperature)
-
-    @property
-    def reads(self) -> tuple[str, ...]:
-        """The field of the logits."""
-        return (self.field,)
-
     def __call__(self, answer: Answer, batch: Batch, _joint: nn.Module | None = None) -> Tensor:
         target, labels_B = batch.targets[self.field], _labels(batch, self.name)
         return dkd_loss(answer.logits_BC, target, labels_B, self.temperature, self.label_weight, self.others_weight)
 
 
 @dataclass(frozen=True)
-class NKD(OfLogits):
+class NKD(OfOneField, OfLogits):
     """The label with the teacher's certainty, and the others normalised without it (Yang et al. 2023)."""
 
     weight: Weight = 1.0
@@ -205,15 +188,6 @@ class NKD(OfLogits):
 
     name: ClassVar[str] = "nkd"
     needs_labels: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        require_weight(self.name, self.weight)
-        require_positive("nkd.temperature", self.temperature)
-
-    @property
-    def reads(self) -> tuple[str, ...]:
-        """The field of the logits."""
-        return (self.field,)
 
     def __call__(self, answer: Answer, batch: Batch, _joint: nn.Module | None = None) -> Tensor:
         target, labels_B = batch.targets[self.field], _labels(batch, self.name)
@@ -235,8 +209,7 @@ class EnsembleKD(OfLogits):
     needs_labels: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        require_weight(self.name, self.weight)
-        require_positive("ensemble_kd.temperature", self.temperature)
+        super().__post_init__()
         if len(set(self.fields)) < 2 or len(set(self.fields)) < len(self.fields):
             hint = "Name each teacher's logits once; for one teacher there is kd."
             raise SpecError("ensemble_kd.fields", "must be two or more different fields", self.fields, hint)

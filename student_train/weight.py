@@ -37,8 +37,8 @@ class Schedule:
     def at(self, progress: float) -> float:
         """The weight when so much of the run is done."""
         behind = bisect_right([place for place, _ in self.points], progress)
-        if behind == 0 or behind == len(self.points):
-            return self.points[min(behind, len(self.points) - 1) if behind == 0 else -1][1]
+        if behind in (0, len(self.points)):
+            return self.points[0 if behind == 0 else -1][1]
         (left, before), (right, after) = self.points[behind - 1], self.points[behind]
         return before + (after - before) * (progress - left) / (right - left)
 

@@ -94,8 +94,7 @@ def _files(root: Root, addition: Addition, kept: Manifest) -> set[str]:
 
 
 def _metadata(addition: Addition) -> set[str]:
-    groups = [group for view in addition.view_numbers for group in addition.groups(view)]
-    return set(open_store(addition.store.kind, addition.grid).metadata(groups))
+    return set(open_store(addition.store.kind, addition.grid).metadata(addition.all_groups))
 
 
 def _remove_empty(folder: Path) -> None:

@@ -183,3 +183,8 @@ class Addition(Strict):
         """Everything that one shard of a view writes."""
         proof = [self.proof_group(view)] if self.extent.proof else []
         return [*proof, *(self.field_group(field, view) for field in self.fields)]
+
+    @property
+    def all_groups(self) -> list[Group]:
+        """Those of all its views."""
+        return [group for view in self.view_numbers for group in self.groups(view)]

@@ -261,8 +261,7 @@ def begin(root: Root, beginning: Beginning) -> Manifest:
         root.write(name, data)
     addition = drafted.addition
     store = open_store(addition.store.kind, addition.grid)
-    groups = [group for view in addition.view_numbers for group in addition.groups(view)]
-    for name, data in store.metadata(groups).items():
+    for name, data in store.metadata(addition.all_groups).items():
         root.write(name, data)
     segments = () if found is None else found.segments
     if found is None or extent.first_row == found.rows:

@@ -54,6 +54,10 @@ class Block:
         """The addition that wrote it."""
         return self.index.addition
 
+    def part(self, name: str) -> Part:
+        """One of its arrays."""
+        return next(part for part in self.group.parts if part.name == name)
+
 
 class Gatherer:
     """Gathers rows; keeps files mapped, as many as a process may have."""
@@ -93,7 +97,7 @@ class Gatherer:
         blocks = self.blocks(wanted, view)
         self._require_committed(wanted, view, rows, blocks)
         if out is not None:
-            _require_fit(out, next(item for item in blocks[0].group.parts if item.name == part), len(rows))
+            _require_fit(out, blocks[0].part(part), len(rows))
         if len(blocks) == 1:
             first = blocks[0].addition.extent.first_row
             gathered = self._reader(blocks[0], view).gather(part, rows - first if first else rows, out)
@@ -106,8 +110,8 @@ class Gatherer:
         self, blocks: Sequence[Block], part: str, view: int, rows: NDArray[np.int64], out: NDArray[Any] | None
     ) -> NDArray[Any]:
         """Rows of a cache that has grown: from the groups of several segments into one array."""
-        described = next(item for item in blocks[0].group.parts if item.name == part)
         if out is None:
+            described = blocks[0].part(part)
             out = np.empty((len(rows), *described.shape), described.dtype)
         for block in blocks:
             extent = block.addition.extent

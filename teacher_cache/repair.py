@@ -116,7 +116,7 @@ def repair(
         damage = find_damage(cache)
         if damage.shards or damage.metadata or damage.receipts or (remove_strays and damage.strays):
             with alone(root, "must not be repaired while another process builds it"):
-                _repair_as_it_is(root, source, damage, remove_strays, progress, done)
+                _repair_as_it_is(cache, source, damage, remove_strays, progress, done)
         else:
             _repair(cache, damage, remove_strays, progress, done)
     return RepairReport(
@@ -131,11 +131,15 @@ def repair(
 
 
 def _repair_as_it_is(
-    root: Root, source: SourceSpec | None, seen: Damage, remove_strays: bool, progress: Progress | None, done: _Done
+    before: Cache, source: SourceSpec | None, seen: Damage, remove_strays: bool, progress: Progress | None, done: _Done
 ) -> None:
     """Looks again now that nobody builds: a build may have sealed, meanwhile, what seemed to belong to nothing."""
-    cache = _opened(root, source, done)
+    cache = _opened(before.root, source, done)
     if cache is None:
+        return
+    if cache.manifest.state == "sealed" and cache.manifest == before.manifest:
+        # Nobody has begun or sealed anything: to read every byte once more would show the same.
+        _repair(cache, seen, remove_strays, progress, done)
         return
     damage = find_damage(cache)
     # Our own lease is there by now.

@@ -99,7 +99,7 @@ class _Found:
         """One addition."""
         addition = index.addition
         store = open_store(addition.store.kind, addition.grid)
-        self.metadata |= store.metadata([group for view in addition.view_numbers for group in addition.groups(view)])
+        self.metadata |= store.metadata(addition.all_groups)
         for view in addition.view_numbers:
             committed = index.shards(view)
             for shard in range(addition.grid.shards):

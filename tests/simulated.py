@@ -73,8 +73,7 @@ def simulate(path: Path, template: Path, size: Size) -> None:
     ends |= {(0, first.grid.shards - 1), (size.views - 1, 0)}
     files = {place: list(_written(root, first, store, place)) for place in sorted(ends)}
     tables = tuple(_table(root, first, store, view, files) for view in first.view_numbers)
-    groups = [group for view in first.view_numbers for group in first.groups(view)]
-    for name, data in store.metadata(groups).items():
+    for name, data in store.metadata(first.all_groups).items():
         root.write(name, data)
     second = _second(first)
     _write_receipts(path, second)
