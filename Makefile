@@ -27,7 +27,7 @@ test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
 
 test-all: $(VENV)/.installed-test
-	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m 'slow or not slow'
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m 'slow or not slow' --hypothesis-profile=explore
 
 # Builds killed with SIGKILL: at least 200 times at random moments, and before every change of the file system.
 crash: $(VENV)/.installed-test

@@ -12,9 +12,10 @@ from toy_builds import toy_spec, write_arrays
 
 import teacher_cache as tc
 
-settings.register_profile(
-    "laws", deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+_SHARED = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+# `make test` draws the same examples each time, so that a failure is the change's; `make test-all` looks further.
+settings.register_profile("laws", _SHARED, max_examples=40, derandomize=True)
+settings.register_profile("explore", _SHARED, max_examples=200)
 settings.load_profile("laws")
 # Workers and subprocesses must find `toy_models` too.
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]))

@@ -47,7 +47,10 @@ def test_correlations_are_invariant_under_positive_affine_maps(seed: int, scale:
     torch.testing.assert_close(correlations(scale * student + shift, teacher), here, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(correlations(student, scale * teacher + shift), here, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(correlations(-scale * student, teacher), -here, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(correlations(scale * teacher + shift, teacher), torch.ones(4).double())
+    # A row against itself is 1, less the constant below the fraction.
+    lengths_R = scale * torch.linalg.vector_norm(teacher - teacher.mean(1, keepdim=True), dim=1) ** 2
+    expected_R = lengths_R / (lengths_R + 1e-8)
+    torch.testing.assert_close(correlations(scale * teacher + shift, teacher), expected_R)
 
 
 @given(seed=SEEDS)
