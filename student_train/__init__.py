@@ -7,10 +7,11 @@
 
 from student_train.answer import Answer, Taps
 from student_train.cached_rows import CachedRows, OwnViews
+from student_train.dataset import ViewDataset
 from student_train.feature_terms import AttentionTransfer, Feature, Relations, SimilarityPreserving
 from student_train.objective import Objective
 from student_train.recipes import TrainSpec
-from student_train.stream import Batch, ViewStream
+from student_train.stream import Batch, Share, ViewStream
 from student_train.terms import DIST, DKD, KD, NKD, CrossEntropy, EnsembleKD, LogitMSE
 from student_train.train import FitResult, fit
 from student_train.weight import Schedule
@@ -33,9 +34,11 @@ __all__ = [
     "OwnViews",
     "Relations",
     "Schedule",
+    "Share",
     "SimilarityPreserving",
     "Taps",
     "TrainSpec",
+    "ViewDataset",
     "ViewStream",
     "fit",
 ]

@@ -134,9 +134,7 @@ class CachedRows(_Cached):
             proven = Views(rendered.pixels_BCHW[places], rendered.params_BP[places])
         else:
             # At another size pixels cannot be compared: the checked rows are rendered once more, at the teacher's.
-            images = [decoded.images[place] for place in places]
-            some = Decoded(decoded.rows[places], images, decoded.content[places], [])
-            proven = self.cache.render_views(view, some)
+            proven = self.cache.render_views(view, decoded.at(places))
         rows = decoded.rows[places]
         if (proven.digests() != self._known(view)[rows]).any():
             self.cache.check_views(view, rows, proven, self._tolerance)
