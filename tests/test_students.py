@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torchvision import models
 
-from student_train import CrossEntropy, Objective, TrainSpec, ViewStream, fit
+from student_train import CrossEntropy, Objective, Taps, TrainSpec, ViewStream, fit
 from student_train.data import LabelledRows
 from student_train.recipes import StudentSpec
 from student_train.students import densenet121, open_student, resnet18, resnet20_cifar, resnet56_cifar, vgg16
@@ -211,6 +211,17 @@ def test_they_serve_as_teachers() -> None:
 def test_impossible_students_are_refused(spec: StudentSpec, message: str) -> None:
     with pytest.raises(SpecError, match=message):
         open_student(spec, 10, 3, seed=0)
+
+
+def test_a_student_with_two_heads_is_refused() -> None:
+    """As torchvision's Inception is while training: a loss of a tuple would fail without saying why."""
+
+    class Pair(nn.Module):
+        def forward(self, images_BCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return images_BCHW, images_BCHW
+
+    with Taps(Pair(), []) as answer, pytest.raises(SpecError, match=r"student\.model: must answer one tensor.*tuple"):
+        answer(images())
 
 
 def test_torchvision_has_three_channels() -> None:
