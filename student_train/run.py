@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from student_train.students import open_student
 from student_train.term_specs import TermSpec, open_objective
 from student_train.train import FitResult, Log, fit, rehearse
 from teacher_cache import Cache
-from teacher_cache.errors import SpecError
+from teacher_cache.errors import MismatchError, SpecError
 from teacher_cache.fingerprint import fingerprint
 from teacher_cache.teachers import resolve_device
 from teacher_cache.teachers.weights import load_into
@@ -37,8 +38,29 @@ class Opened:
 
 
 def open_data(spec: RunSpec) -> Opened:
-    """Opens the training and the evaluation data."""
-    return Opened(_open_rows(spec.data), LabelledRows(spec.evaluate.source, spec.evaluate.views))
+    """Opens the training and the evaluation data.
+
+    Raises:
+        MismatchError: a class number does not mean the same in both.
+    """
+    opened = Opened(_open_rows(spec.data), LabelledRows(spec.evaluate.source, spec.evaluate.views))
+    _require_same_classes(opened)
+    return opened
+
+
+def _require_same_classes(opened: Opened) -> None:
+    """A folder without one class numbers the others anew: measured by it, a good student would seem to know nothing."""
+    ours, theirs, labels = opened.train.class_names, opened.test.class_names, opened.test.labels
+    if ours is not None and theirs is not None and ours != theirs:
+        pairs = enumerate(zip_longest(ours, theirs))
+        place, (expected, found) = next((place, pair) for place, pair in pairs if pair[0] != pair[1])
+        hint = "Evaluate on a source with the same class names in the same order."
+        rule = f"must number the classes as the training data does, where {place} is {expected}"
+        raise MismatchError("evaluate.source.class_names", rule, found, hint)
+    classes = opened.train.classes
+    if classes is not None and labels is not None and len(labels) and int(labels.max()) >= classes:
+        hint = "Evaluate on a source with the classes of the training data."
+        raise MismatchError("evaluate.source.labels", f"must be 0..{classes - 1}", int(labels.max()), hint)
 
 
 def _open_rows(spec: DataSpec) -> Rows:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from toy_builds import ROWS, numpy_source, toy_spec
 from toy_models import SmallNet
 
@@ -24,7 +25,7 @@ from student_train import run as running
 from student_train.compare import compare
 from student_train.recipes import CompareSpec, FitSpec
 from student_train.run import evaluate_weights, open_data, train_one
-from teacher_cache.errors import TeacherError
+from teacher_cache.errors import MismatchError, TeacherError
 from teacher_cache.spec import FieldSpec, TeacherSpec, parse
 from teacher_cache.teachers import TorchTeacher, load_teacher
 from teacher_cache.teachers.weights import state_digest
@@ -198,3 +199,64 @@ class TestMixedTargets:
         labelled, _ = Objective([CrossEntropy()])(logits_BC, batch)
         unmixed, _ = Objective([CrossEntropy()])(logits_BC, replace(batch, mixing=None))
         assert not torch.isclose(labelled, unmixed)
+
+
+class TestClassOrder:
+    """Class 3 must be one thing to the teacher, the cache, the student and the evaluation."""
+
+    NAMES = tuple(f"class {number}" for number in range(10))
+
+    @pytest.mark.parametrize(
+        ("names", "message"),
+        [
+            ((*NAMES[:2], NAMES[3], NAMES[2], *NAMES[4:]), r"where 2 is class 2 \(found: class 3\)"),
+            (NAMES[1:], r"where 0 is class 0 \(found: class 1\)"),
+            (NAMES[:-1], r"where 9 is class 9 \(found: None\)"),
+            ((*NAMES, "more"), r"where 10 is None \(found: more\)"),
+        ],
+    )
+    @pytest.mark.parametrize("taught", ["by a cache", "by labels"])
+    def test_an_evaluation_in_another_order_is_refused(
+        self, taught: str, names: tuple[str, ...], message: str, cache: Path, arrays: Path, tmp_path: Path
+    ) -> None:
+        source = {**numpy_source(arrays), "class_names": names}
+        data: dict[str, Any] = {"source": numpy_source(arrays), "views": {"recipe": []}}
+        changes = {"data": data} if taught == "by labels" else {}
+        spec = fit_spec(
+            tmp_path / "run", cache, arrays, evaluate={"source": source, "views": {"recipe": []}}, **changes
+        )
+        with pytest.raises(MismatchError, match=rf"evaluate\.source\.class_names: .*{message}"):
+            open_data(spec)
+        assert not (tmp_path / "run").exists()
+
+    def test_a_folder_without_one_class_is_refused(self, arrays: Path, tmp_path: Path) -> None:
+        """Folders number the classes that they have: without `bee`, `cat` would be class 1."""
+        for split, classes in (("train", "ant bee cat"), ("test", "ant cat")):
+            for name in classes.split():
+                (tmp_path / split / name).mkdir(parents=True)
+                Image.new("L", (8, 8), 9).save(tmp_path / split / name / "0.png")
+        sources = [{"kind": "folder", "path": str(tmp_path / split)} for split in ("train", "test")]
+        train, test = ({"source": source, "views": {"recipe": []}} for source in sources)
+        spec = fit_spec(tmp_path / "run", tmp_path, arrays, data=train, evaluate=test)
+        with pytest.raises(MismatchError, match=r"where 1 is bee \(found: cat\)"):
+            open_data(spec)
+        assert open_data(fit_spec(tmp_path / "run", tmp_path, arrays, data=train, evaluate=train)).test.classes == 3
+
+    def test_without_names_the_labels_must_be_there(self, cache: Path, arrays: Path, tmp_path: Path) -> None:
+        np.save(tmp_path / "labels.npy", np.arange(ROWS) % 11)
+        nameless = {key: value for key, value in numpy_source(arrays).items() if key != "class_names"}
+        for source, fits in ((nameless, True), ({**nameless, "labels": str(tmp_path / "labels.npy")}, False)):
+            evaluate = {"source": source, "views": {"recipe": []}}
+            spec = fit_spec(tmp_path / "run", cache, arrays, evaluate=evaluate)
+            if fits:
+                assert open_data(spec).test.class_names is None
+            else:
+                with pytest.raises(MismatchError, match=r"evaluate\.source\.labels: must be 0\.\.9 \(found: 10\)"):
+                    open_data(spec)
+
+    def test_a_data_set_that_moved_keeps_its_order(self, cache: Path, arrays: Path, tmp_path: Path) -> None:
+        """What the cache is told of its source's present place must be what it was built from, names included."""
+        source = {**numpy_source(arrays), "class_names": self.NAMES[::-1]}
+        spec = fit_spec(tmp_path / "run", cache, arrays, data={"cache": str(cache), "source": source})
+        with pytest.raises(MismatchError, match="source"):
+            train_one(spec, open_data(spec), spec.objective, 0, Path(spec.run))
