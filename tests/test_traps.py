@@ -1,7 +1,7 @@
 """What goes wrong in this field in silence, beyond the formulas: each trap is laid, and must be refused or harmless.
 
 The traps of the formulas (`mean` for `batchmean`, T² forgotten, a softmax where its logarithm belongs) are in
-`test_losses*`; a tapped feature that an in-place ReLU overwrites is in `test_teachers` and `test_terms`.
+`test_losses*`; a tapped output that an in-place ReLU overwrites is in `test_teachers` and `test_terms`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from student_train.compare import compare
 from student_train.recipes import CompareSpec, FitSpec
 from student_train.run import evaluate_weights, open_data, train_one
 from teacher_cache.errors import MismatchError, TeacherError
-from teacher_cache.spec import FieldSpec, TeacherSpec, parse
+from teacher_cache.spec import HEAD_INPUT, FieldSpec, TeacherSpec, parse
 from teacher_cache.teachers import TorchTeacher, load_teacher
 from teacher_cache.teachers.weights import state_digest
 
@@ -110,6 +110,29 @@ class TestTeacherInTrainingMode:
         else:
             views = torch.zeros(4, 1, 8, 8, dtype=torch.uint8)
             assert load_teacher(spec, None)(views)["logits"].shape == (4, 64)
+
+
+class Overwrites(torch.nn.Module):
+    """Uses the memory of its head's input for something else, once the head has read it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = torch.nn.Linear(64, 10)
+
+    def forward(self, images_BCHW: torch.Tensor) -> torch.Tensor:
+        """[B, 1, 8, 8] to logits [B, 10]."""
+        pixels_BD = images_BCHW.flatten(1).clone()
+        logits_BC: torch.Tensor = self.head(pixels_BD)
+        pixels_BD.zero_()
+        return logits_BC
+
+
+def test_the_input_of_a_head_is_kept_as_the_head_saw_it() -> None:
+    """`feature_head` stores it, and makes the logits of it again."""
+    field = FieldSpec.model_validate({"encoding": "feature_head"})
+    teacher = TorchTeacher(Overwrites(), {"model": "x"}, {"logits": field})
+    views = torch.randint(0, 256, (3, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(teacher(views)[HEAD_INPUT], views.flatten(1) / 255)
 
 
 class TestBestOnTest:
