@@ -43,24 +43,25 @@ def open_data(spec: RunSpec) -> Opened:
     Raises:
         MismatchError: a class number does not mean the same in both.
     """
-    opened = Opened(_open_rows(spec.data), LabelledRows(spec.evaluate.source, spec.evaluate.views))
-    _require_same_classes(opened)
-    return opened
+    train, test = _open_rows(spec.data), LabelledRows(spec.evaluate.source, spec.evaluate.views)
+    _require_same_classes(train, test)
+    return Opened(train, test)
 
 
-def _require_same_classes(opened: Opened) -> None:
+def _require_same_classes(train: Rows, test: Rows) -> None:
     """A folder without one class numbers the others anew: measured by it, a good student would seem to know nothing."""
-    ours, theirs, labels = opened.train.class_names, opened.test.class_names, opened.test.labels
+    ours, theirs, labels = train.class_names, test.class_names, test.labels
     if ours is not None and theirs is not None and ours != theirs:
         pairs = enumerate(zip_longest(ours, theirs))
         place, (expected, found) = next((place, pair) for place, pair in pairs if pair[0] != pair[1])
         hint = "Evaluate on a source with the same class names in the same order."
         rule = f"must number the classes as the training data does, where {place} is {expected}"
-        raise MismatchError("evaluate.source.class_names", rule, found, hint)
-    classes = opened.train.classes
+        raise MismatchError("evaluate", rule, found, hint)
+    classes = train.classes
     if classes is not None and labels is not None and len(labels) and int(labels.max()) >= classes:
         hint = "Evaluate on a source with the classes of the training data."
-        raise MismatchError("evaluate.source.labels", f"must be 0..{classes - 1}", int(labels.max()), hint)
+        rule = f"must have labels in 0..{classes - 1}, the training data's"
+        raise MismatchError("evaluate", rule, int(labels.max()), hint)
 
 
 def _open_rows(spec: DataSpec) -> Rows:
