@@ -33,11 +33,15 @@ class _Cached:
         self.labels = cache.labels
 
     @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """In the order of the labels, and of the teacher's head."""
+        return self.cache.manifest.class_names
+
+    @property
     def classes(self) -> int | None:
         """From the class names, or from the cached logits."""
-        manifest = self.cache.manifest
-        if manifest.class_names:
-            return len(manifest.class_names)
+        if self.class_names:
+            return len(self.class_names)
         return self.cache.shape_of("logits")[-1] if "logits" in self.cache.fields else None
 
     @property

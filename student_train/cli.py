@@ -36,8 +36,9 @@ def main() -> NoReturn:
 @app.command()
 def fit(config: Config, set_: Set = None, json: Json = False) -> None:
     """Train one student; a run that was stopped goes on."""
+    from student_train.opening import open_data
     from student_train.recipes import FitSpec
-    from student_train.run import open_data, train_one
+    from student_train.run import train_one
 
     spec = parse(FitSpec, read_yaml(config, set_ or ()), str(config))
     folder = Path(spec.run)

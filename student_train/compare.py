@@ -8,8 +8,9 @@ from pathlib import Path
 
 from student_train.comparison import Comparison
 from student_train.comparison_plot import picture
+from student_train.opening import Opened, open_data
 from student_train.recipes import ArmSpec, CompareSpec, RunSpec
-from student_train.run import Opened, open_data, rehearse_one, train_one
+from student_train.run import rehearse_one, train_one
 from teacher_cache.storage import write_atomic
 
 Progress = Callable[[str, int, dict[str, float]], None]

@@ -50,6 +50,10 @@ class Rows(Protocol):
         """Class numbers by row number, or None."""
 
     @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """What the class numbers mean, in their order, where that is known."""
+
+    @property
     def classes(self) -> int | None:
         """How many classes there are, where that is known."""
 
@@ -114,6 +118,7 @@ class LabelledRows:
         self._loader = ViewLoader(recipe, self.key_digests, opened.item)
         self.alive: NDArray[np.int64] = np.arange(len(opened))
         self.labels = opened.labels
+        self.class_names = opened.class_names
         self.classes = len(opened.class_names) if opened.class_names else None
         self.views = None if recipe.random else 1
         self.mixes = recipe.mixing is not None

@@ -22,10 +22,17 @@ Here = Annotated[str, AfterValidator(_here)]
 
 
 class StudentSpec(Strict):
-    """`small_cnn`, `resnet20_cifar`, `resnet56_cifar`, `torchvision:<name>` or `module:attribute`."""
+    """A model by name; the data says how many classes and channels it has.
+
+    Ours are `small_cnn`, `resnet20_cifar`, `resnet56_cifar`, `resnet18`, `vgg16` and `densenet121`. `timm:<name>` and
+    `torchvision:<name>` are classifiers of those packages, without weights, the latter for 3 channels.
+    `module:attribute` is called with `classes` and `channels`.
+    """
 
     model: str
-    arguments: dict[str, Any] = Field(default_factory=dict)
+    arguments: dict[str, Any] = Field(
+        default_factory=dict, description="of the model itself, such as `width`; they win over what the data says"
+    )
 
 
 def _default(spec: type[Strict], name: str) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,82 +12,19 @@ import torch
 from pydantic.fields import FieldInfo
 from torch import nn
 
-from student_train.cached_rows import CachedRows, OwnViews, WithoutAnswers
 from student_train.checkpoint import save_model
-from student_train.data import LabelledRows, Rows, only
 from student_train.evaluate import Measured, accuracy, measure
-from student_train.held_out import split
-from student_train.recipes import DataSpec, EvaluateSpec, RunSpec, TrainSpec, ValidationSpec
+from student_train.opening import Opened, open_data
+from student_train.recipes import RunSpec, TrainSpec
 from student_train.stream import ViewStream
 from student_train.students import open_student
 from student_train.term_specs import TermSpec, open_objective
 from student_train.train import FitResult, Log, fit, rehearse
-from teacher_cache import Cache
 from teacher_cache.errors import SpecError
 from teacher_cache.fingerprint import fingerprint
 from teacher_cache.spec import NormalizeSpec
 from teacher_cache.teachers import resolve_device
 from teacher_cache.teachers.weights import load_into
-
-
-@dataclass(frozen=True)
-class Opened:
-    """The data of a configuration, opened once and used by every arm and seed."""
-
-    train: Rows
-    test: Rows
-    teacher: str | None = None
-    """The field of the evaluation data that a student is held against."""
-    validation: Rows | None = None
-    """Rows of the training data that are held out, as an evaluation shows them."""
-
-
-def open_data(spec: RunSpec) -> Opened:
-    """Opens the training and the evaluation data."""
-    train, test = _open_rows(spec.data), _open_evaluation(spec.evaluate)
-    teacher = None if spec.evaluate.cache is None else spec.evaluate.teacher
-    test.require(() if teacher is None else (teacher,))
-    if spec.validation is None:
-        return Opened(train, test, teacher)
-    if train.mixes:
-        hint = "Leave `validation` out, or hold samples back when the cache is built."
-        raise SpecError("validation", "must not hold out what others are mixed with", "the recipe mixes", hint)
-    kept, held = split(train, spec.validation.share, spec.validation.seed)
-    return Opened(only(train, kept), test, teacher, only(_open_validation(spec, spec.validation), held))
-
-
-def _open_rows(spec: DataSpec) -> Rows:
-    if spec.cache is not None:
-        # What is being added meanwhile has holes, into which an epoch would run.
-        cache = Cache(spec.cache, spec.source, spec.maps, spec.copies, sealed=True)
-        if spec.views is not None:
-            return OwnViews(cache, spec.views, first_views=spec.first_views)
-        return CachedRows(cache, size=spec.size, tolerance=spec.tolerance, first_views=spec.first_views)
-    return _open_labelled(spec)
-
-
-def _open_labelled(spec: DataSpec | EvaluateSpec) -> Rows:
-    assert spec.source is not None, "the spec has checked it"
-    assert spec.views is not None, "the spec has checked it"
-    return LabelledRows(spec.source, spec.views)
-
-
-def _open_evaluation(spec: EvaluateSpec) -> Rows:
-    if spec.cache is None:
-        return _open_labelled(spec)
-    return CachedRows(Cache(spec.cache, spec.source, sealed=True))
-
-
-def _open_validation(run: RunSpec, spec: ValidationSpec) -> Rows:
-    views = spec.views or run.evaluate.views
-    if views is None:
-        assert run.evaluate.cache is not None, "the spec has checked it"
-        views = Cache(run.evaluate.cache, run.evaluate.source, sealed=True).spec.views
-    data = run.data
-    if data.cache is None:
-        assert data.source is not None, "the spec has checked it"
-        return LabelledRows(data.source, views)
-    return WithoutAnswers(Cache(data.cache, data.source, copies=data.copies, sealed=True), views)
 
 
 def train_one(

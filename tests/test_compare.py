@@ -18,8 +18,8 @@ from student_train.comparison import Comparison, Difference, difference
 from student_train.data import LabelledRows, only
 from student_train.evaluate import accuracy, measure
 from student_train.held_out import split
+from student_train.opening import open_data
 from student_train.recipes import CompareSpec, StudentSpec
-from student_train.run import open_data
 from student_train.students import open_student
 from teacher_cache.errors import MismatchError, RequestError, SpecError, TeacherCacheError
 from teacher_cache.spec import NumpySource, ViewSpec, parse

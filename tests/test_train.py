@@ -16,8 +16,9 @@ import teacher_cache as tc
 from student_train import KD, Batch, CrossEntropy, Objective, TrainSpec, ViewStream, fit
 from student_train.checkpoint import load_checkpoint, save_model
 from student_train.evaluate import accuracy
+from student_train.opening import open_data
 from student_train.recipes import FitSpec, StudentSpec
-from student_train.run import _run_fingerprint, evaluate_weights, open_data, train_one
+from student_train.run import _run_fingerprint, evaluate_weights, train_one
 from student_train.students import open_student
 from teacher_cache.encodings import DenseTarget
 from teacher_cache.errors import CacheNotFoundError, MismatchError, NonFiniteError, SpecError

@@ -30,10 +30,10 @@ class TorchTeacher:
         channels_last: bool = False,
         device: str = "cpu",
     ) -> None:
-        """Freezes the module and taps its nodes.
+        """Freezes the module, puts it in evaluation mode and taps its nodes.
 
         Args:
-            module: images float [B, C, H, W] to logits [B, K].
+            module: images float [B, C, H, W] to logits [B, K]; in whatever mode it is left.
             identity: what names the module (reference, arguments, digest of the weights).
             fields: `logits`, `feature:<node>` with its pooling, `attention:<node>`; each may have an `@label`.
             normalize: applied to views scaled to 0..1.
@@ -42,7 +42,7 @@ class TorchTeacher:
             device: where it runs.
         """
         self._format = torch.channels_last if channels_last else torch.contiguous_format
-        self._module = module.requires_grad_(False).to(device=device)
+        self._module = module.eval().requires_grad_(False).to(device=device)
         if channels_last:
             self._module = self._module.to(memory_format=torch.channels_last)
         self._normalize, self.precision, self._device = normalize, precision, torch.device(device)
@@ -152,16 +152,3 @@ def _attention(value: Tensor) -> Tensor:
 def _pooled(value: Tensor, field: FieldSpec) -> Tensor:
     value = value.float()
     return value.flatten(2).mean(2) if field.pool == "mean" and value.ndim > 2 else value
-
-
-class ExportedModule(nn.Module):
-    """A `torch.export` program behind the interface of a module; it was exported in evaluation mode."""
-
-    def __init__(self, program: torch.export.ExportedProgram) -> None:
-        super().__init__()
-        self.program = program.module()
-
-    def forward(self, images_BCHW: Tensor) -> Tensor:
-        """Runs the program."""
-        logits: Tensor = self.program(images_BCHW)
-        return logits
