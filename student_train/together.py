@@ -1,0 +1,93 @@
+"""Step 10, together: the processes that train one student, as `torchrun` starts them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from student_train.steps import Share
+from teacher_cache.teachers import resolve_device
+
+
+@dataclass(frozen=True)
+class World:
+    """Which of how many processes this one is; alone, it is the first of one and nothing is exchanged."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this process is the one that writes and reports."""
+        return self.rank == 0
+
+    @property
+    def share(self) -> Share:
+        """The part of every batch that is this process's."""
+        return Share(self.rank, self.size)
+
+    def parallel(self, module: nn.Module, unused: bool) -> nn.Module:
+        """The module whose gradients are the mean over all processes.
+
+        Args:
+            module: on its device.
+            unused: whether some parameters may have no gradient in some steps.
+        """
+        if self.size == 1:
+            return module
+        return DistributedDataParallel(module, find_unused_parameters=unused)
+
+    def summed(self, values: Mapping[str, tuple[Tensor, int]], device: torch.device) -> dict[str, tuple[float, float]]:
+        """Pairs (sum, rows) by name, added over all processes; one exchange for all of them."""
+        names = sorted(values)
+        table = torch.tensor([[float(values[name][0]), values[name][1]] for name in names], dtype=torch.float64)
+        if self.size > 1:
+            table = table.to(device)
+            distributed.all_reduce(table)
+        return {name: (total, rows) for name, (total, rows) in zip(names, table.tolist(), strict=True)}
+
+    def told(self, values: dict[str, float]) -> dict[str, float]:
+        """What the first process found, in all of them; the others wait for it."""
+        if self.size == 1:
+            return values
+        box = [values]
+        distributed.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.size > 1:
+            distributed.barrier()
+
+
+def world() -> World:
+    """The world that this process is part of."""
+    if not distributed.is_initialized():
+        return World()
+    return World(distributed.get_rank(), distributed.get_world_size())
+
+
+@contextmanager
+def joining(device: str) -> Iterator[World]:
+    """Joins the other processes, where `torchrun` started some; each takes the GPU of its local rank.
+
+    Args:
+        device: as a configuration says it.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield World()
+        return
+    kind = resolve_device(device)
+    if kind == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    distributed.init_process_group("nccl" if kind == "cuda" else "gloo")
+    try:
+        yield world()
+    finally:
+        distributed.destroy_process_group()
