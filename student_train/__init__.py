@@ -11,6 +11,7 @@ from student_train.feature_terms import AttentionTransfer, Feature, Relations, S
 from student_train.objective import Objective
 from student_train.recipes import TrainSpec
 from student_train.stream import Batch, ViewStream
+from student_train.temperature_term import LearnedTemperatureKD
 from student_train.terms import DIST, DKD, KD, NKD, CrossEntropy, EnsembleKD, LogitMSE
 from student_train.train import FitResult, fit
 from student_train.weight import Schedule
@@ -28,6 +29,7 @@ __all__ = [
     "EnsembleKD",
     "Feature",
     "FitResult",
+    "LearnedTemperatureKD",
     "LogitMSE",
     "Objective",
     "OwnViews",

@@ -82,7 +82,7 @@ class Feature(OfFeatures):
         hint = "Choose a node of the same height and width, or as many tokens; or cache the field with `pool: mean`."
         raise SpecError(f"feature.{self.node}", rule, list(student), hint)
 
-    def __call__(self, answer: Answer, batch: Batch, joint: nn.Module | None) -> Tensor:
+    def __call__(self, answer: Answer, batch: Batch, joint: nn.Module | None, *_: object) -> Tensor:
         target = batch.targets[self.field]
         value = _as_field(answer.nodes[self.node], target)
         projected = value if joint is None else joint(value)
@@ -115,7 +115,7 @@ class AttentionTransfer(OfFeatures):
             raise SpecError(f"attention.{self.node}", rule, list(here), "Choose a node of that height and width.")
         return None
 
-    def __call__(self, answer: Answer, batch: Batch, _joint: nn.Module | None) -> Tensor:
+    def __call__(self, answer: Answer, batch: Batch, *_: object) -> Tensor:
         attention = attention_map(answer.nodes[self.node])
         loss = attention_transfer_loss if self.squared else normalised_activation_loss
         return loss(attention, batch.targets[self.field])
@@ -137,7 +137,7 @@ class Relations(OfFeatures):
             found = (self.distance_weight, self.angle_weight)
             raise SpecError("relations.distance_weight, angle_weight", rule, found, "Choose other values.")
 
-    def __call__(self, answer: Answer, batch: Batch, _joint: nn.Module | None) -> Tensor:
+    def __call__(self, answer: Answer, batch: Batch, *_: object) -> Tensor:
         feature, target = answer.nodes[self.node], batch.targets[self.field]
         parts = []
         if self.distance_weight:
@@ -153,5 +153,5 @@ class SimilarityPreserving(OfFeatures):
 
     name: ClassVar[str] = "similarity"
 
-    def __call__(self, answer: Answer, batch: Batch, _joint: nn.Module | None) -> Tensor:
+    def __call__(self, answer: Answer, batch: Batch, *_: object) -> Tensor:
         return similarity_loss(answer.nodes[self.node], batch.targets[self.field])

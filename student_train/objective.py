@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, ClassVar, Protocol, cast
+from typing import Any, ClassVar, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -54,8 +54,27 @@ class Term(Protocol):
     def joint(self, shapes: Shapes, /) -> nn.Module | None:
         """What is trained beside the student, such as a projection to the teacher's width; None where nothing is."""
 
-    def __call__(self, answer: Answer, batch: Batch, joint: nn.Module | None, /) -> Tensor:
-        """The unweighted value, a scalar."""
+    def __call__(self, answer: Answer, batch: Batch, joint: nn.Module | None, progress: float, /) -> Tensor:
+        """The unweighted value, a scalar, when so much of the run is done, 0..1."""
+
+
+Kept = TypeVar("Kept", bound=nn.Module)
+
+
+def joined(joint: nn.Module | None, kind: type[Kept], name: str) -> Kept:
+    """A term's joint, known for what it is.
+
+    Raises:
+        SpecError: the objective was not joined to a student.
+    """
+    if not isinstance(joint, kind):
+        raise _not_joined(name)
+    return joint
+
+
+def _not_joined(name: str) -> SpecError:
+    hint = "Call `objective.join(...)` before the first step; `fit` does."
+    return SpecError(f"objective.{name}", "must be joined to the student first", "not joined", hint)
 
 
 def _require_some_weight(terms: Sequence[Term]) -> None:
@@ -139,15 +158,15 @@ class Objective:
             weight = weight_at(term.weight, progress)
             if weight == 0:
                 continue
-            value = term(answer, batch, self._joint(name, term, answer))
+            value = term(answer, batch, self._joint(name, term, answer), progress)
             loss = loss + weight * value
             values[name] = value.detach()
         return loss, values
 
-    def each(self, answer: Answer, batch: Batch) -> dict[str, Tensor]:
+    def each(self, answer: Answer, batch: Batch, progress: float = 0.0) -> dict[str, Tensor]:
         """Each term's unweighted value, also of those that do not count at the moment."""
         terms = zip(self._names, self.terms, strict=True)
-        return {name: term(answer, batch, self._joint(name, term, answer)) for name, term in terms}
+        return {name: term(answer, batch, self._joint(name, term, answer), progress) for name, term in terms}
 
     def _joint(self, name: str, term: Term, answer: Answer) -> nn.Module | None:
         missing = [node for node in term.nodes if node not in answer.nodes]
@@ -155,6 +174,5 @@ class Objective:
             hint = "Give the objective the answer of `Taps(student, objective.nodes)`."
             raise SpecError(f"objective.{name}", "needs what a node of the student puts out", missing[0], hint)
         if self._joints is None and term.nodes:
-            hint = "Call `objective.join(...)` before the first step; `fit` does."
-            raise SpecError(f"objective.{name}", "must be joined to the student first", "not joined", hint)
+            raise _not_joined(name)
         return None if self._joints is None else self._joints[name]

@@ -8,6 +8,7 @@ from pydantic import Field, field_validator
 
 from student_train.feature_terms import AttentionTransfer, Feature, Relations, SimilarityPreserving
 from student_train.objective import Objective, Term
+from student_train.temperature_term import LearnedTemperatureKD
 from student_train.terms import DIST, DKD, KD, NKD, CrossEntropy, EnsembleKD, LogitMSE
 from student_train.weight import Schedule
 from teacher_cache.errors import SpecError
@@ -87,6 +88,14 @@ class NKDSpec(_OfLogits):
     others_weight: float = Field(default=1.5, ge=0, description="the paper's γ")
 
 
+class LearnedTemperatureKDSpec(_OfLogits):
+    """Soft targets at a temperature that is learned against the student."""
+
+    kind: Literal["ctkd"]
+    start: float = Field(default=1.0, ge=-10, le=10, description="θ at first: T = 1 + 20 · sigmoid(θ)")
+    rise: float = Field(default=0.05, gt=0, le=1, description="share of the run until θ is trained in full")
+
+
 class EnsembleKDSpec(_Spec):
     """Soft targets of several teachers together."""
 
@@ -136,6 +145,7 @@ TermSpec = Annotated[
     | DISTSpec
     | DKDSpec
     | NKDSpec
+    | LearnedTemperatureKDSpec
     | EnsembleKDSpec
     | FeatureSpec
     | AttentionSpec
@@ -165,6 +175,8 @@ def _open_term(spec: TermSpec) -> Term:
             return DKD(**spec.told)
         case NKDSpec():
             return NKD(**spec.told)
+        case LearnedTemperatureKDSpec():
+            return LearnedTemperatureKD(**spec.told)
         case EnsembleKDSpec():
             return EnsembleKD(**spec.told)
         case FeatureSpec():

@@ -83,7 +83,7 @@ class CrossEntropy(OfLogits):
             rule = "must be in 0..1, 1 excluded"
             raise SpecError("cross_entropy.label_smoothing", rule, self.label_smoothing, "Choose another value.")
 
-    def __call__(self, answer: Answer, batch: Batch, _joint: nn.Module | None = None) -> Tensor:
+    def __call__(self, answer: Answer, batch: Batch, *_: object) -> Tensor:
         assert batch.labels_B is not None, "the objective was checked against the data"
         own_B = self._each(answer.logits_BC, batch.labels_B)
         if batch.mixing is None:
@@ -111,7 +111,7 @@ class KD(OfOneField, OfLogits):
 
     name: ClassVar[str] = "kd"
 
-    def __call__(self, answer: Answer, batch: Batch, _joint: nn.Module | None = None) -> Tensor:
+    def __call__(self, answer: Answer, batch: Batch, *_: object) -> Tensor:
         target = batch.targets[self.field]
         if self.standardise:
             return soft_target_loss(standardised(answer.logits_BC), standardised_target(target), self.temperature)
@@ -127,7 +127,7 @@ class LogitMSE(OfOneField, OfLogits):
 
     name: ClassVar[str] = "logit_mse"
 
-    def __call__(self, answer: Answer, batch: Batch, _joint: nn.Module | None = None) -> Tensor:
+    def __call__(self, answer: Answer, batch: Batch, *_: object) -> Tensor:
         return logit_mse(answer.logits_BC, batch.targets[self.field])
 
 
@@ -143,7 +143,7 @@ class DIST(OfOneField, OfLogits):
 
     name: ClassVar[str] = "dist"
 
-    def __call__(self, answer: Answer, batch: Batch, _joint: nn.Module | None = None) -> Tensor:
+    def __call__(self, answer: Answer, batch: Batch, *_: object) -> Tensor:
         target = batch.targets[self.field]
         return dist_loss(answer.logits_BC, target, self.temperature, self.rows_weight, self.classes_weight)
 
@@ -171,7 +171,7 @@ class DKD(OfOneField, OfLogits):
     name: ClassVar[str] = "dkd"
     needs_labels: ClassVar[bool] = True
 
-    def __call__(self, answer: Answer, batch: Batch, _joint: nn.Module | None = None) -> Tensor:
+    def __call__(self, answer: Answer, batch: Batch, *_: object) -> Tensor:
         target, labels_B = batch.targets[self.field], _labels(batch, self.name)
         return dkd_loss(answer.logits_BC, target, labels_B, self.temperature, self.label_weight, self.others_weight)
 
@@ -189,7 +189,7 @@ class NKD(OfOneField, OfLogits):
     name: ClassVar[str] = "nkd"
     needs_labels: ClassVar[bool] = True
 
-    def __call__(self, answer: Answer, batch: Batch, _joint: nn.Module | None = None) -> Tensor:
+    def __call__(self, answer: Answer, batch: Batch, *_: object) -> Tensor:
         target, labels_B = batch.targets[self.field], _labels(batch, self.name)
         return nkd_loss(answer.logits_BC, target, labels_B, self.temperature, self.others_weight)
 
@@ -222,7 +222,7 @@ class EnsembleKD(OfLogits):
         """The logits of all teachers."""
         return self.fields
 
-    def __call__(self, answer: Answer, batch: Batch, _joint: nn.Module | None = None) -> Tensor:
+    def __call__(self, answer: Answer, batch: Batch, *_: object) -> Tensor:
         targets = [batch.targets[field] for field in self.fields]
         match self.mean_of:
             case "probabilities":
