@@ -10,6 +10,7 @@ from student_train.cached_rows import CachedRows, OwnViews
 from student_train.feature_terms import AttentionTransfer, Feature, Relations, SimilarityPreserving
 from student_train.objective import Objective
 from student_train.recipes import TrainSpec
+from student_train.seed_term import SEED
 from student_train.stream import Batch, ViewStream
 from student_train.temperature_term import LearnedTemperatureKD
 from student_train.terms import DIST, DKD, KD, NKD, CrossEntropy, EnsembleKD, LogitMSE
@@ -21,6 +22,7 @@ __all__ = [
     "DKD",
     "KD",
     "NKD",
+    "SEED",
     "Answer",
     "AttentionTransfer",
     "Batch",

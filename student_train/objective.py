@@ -29,7 +29,7 @@ class Shapes:
 
 
 class Term(Protocol):
-    """One part of an objective. It holds no state: what it trains is its joint, which the objective keeps.
+    """One part of an objective. It holds no state: what it trains or keeps is its joint, which the objective holds.
 
     Attributes:
         name: how it is called in logs.
@@ -52,10 +52,13 @@ class Term(Protocol):
     def nodes(self) -> tuple[str, ...]: ...
 
     def joint(self, shapes: Shapes, /) -> nn.Module | None:
-        """What is trained beside the student, such as a projection to the teacher's width; None where nothing is."""
+        """What is trained or kept beside the student, such as a projection or a queue; None where nothing is."""
 
     def __call__(self, answer: Answer, batch: Batch, joint: nn.Module | None, progress: float, /) -> Tensor:
         """The unweighted value, a scalar, when so much of the run is done, 0..1."""
+
+    def remember(self, batch: Batch, joint: nn.Module | None, /) -> None:
+        """Takes into the joint what is kept of a batch that was trained on: called once for each, after its loss."""
 
 
 Kept = TypeVar("Kept", bound=nn.Module)
@@ -162,6 +165,11 @@ class Objective:
             loss = loss + weight * value
             values[name] = value.detach()
         return loss, values
+
+    def remember(self, batch: Batch) -> None:
+        """Lets each term keep what later batches are compared with: once for each batch that is trained on."""
+        for name, term in zip(self._names, self.terms, strict=True):
+            term.remember(batch, None if self._joints is None else self._joints[name])
 
     def each(self, answer: Answer, batch: Batch, progress: float = 0.0) -> dict[str, Tensor]:
         """Each term's unweighted value, also of those that do not count at the moment."""

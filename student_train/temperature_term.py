@@ -12,7 +12,7 @@ from student_train.answer import Answer
 from student_train.losses import learned_temperature, reversal_weight, reversed_gradient, soft_target_loss
 from student_train.objective import Shapes, joined
 from student_train.stream import Batch
-from student_train.terms import OfOneField
+from student_train.terms import OfOneField, Stateless
 from student_train.weight import Weight, require_weight
 from teacher_cache.errors import SpecError
 
@@ -28,7 +28,7 @@ class Temperature(nn.Module):
 
 
 @dataclass(frozen=True)
-class LearnedTemperatureKD(OfOneField):
+class LearnedTemperatureKD(OfOneField, Stateless):
     """Soft targets at a temperature T = 1 + 20 · sigmoid(θ) that is trained to make them harder (CTKD: Li et al. 2023).
 
     θ goes up the student's loss: its gradient is turned round, with a weight that rises along half a cosine. Its
@@ -45,7 +45,6 @@ class LearnedTemperatureKD(OfOneField):
     """The cached logits, in a dense encoding."""
 
     name: ClassVar[str] = "ctkd"
-    needs_labels: ClassVar[bool] = False
     nodes: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:

@@ -8,6 +8,7 @@ from pydantic import Field, field_validator
 
 from student_train.feature_terms import AttentionTransfer, Feature, Relations, SimilarityPreserving
 from student_train.objective import Objective, Term
+from student_train.seed_term import SEED
 from student_train.temperature_term import LearnedTemperatureKD
 from student_train.terms import DIST, DKD, KD, NKD, CrossEntropy, EnsembleKD, LogitMSE
 from student_train.weight import Schedule
@@ -138,6 +139,15 @@ class SimilaritySpec(_OfFeatures):
     kind: Literal["similarity"]
 
 
+class SEEDSpec(_OfFeatures):
+    """Similarities to the rows seen before."""
+
+    kind: Literal["seed"]
+    student_temperature: Positive = 0.2
+    teacher_temperature: Positive = 0.01
+    queue: int = Field(default=65_536, gt=0, description="rows that are compared with")
+
+
 TermSpec = Annotated[
     CrossEntropySpec
     | KDSpec
@@ -150,7 +160,8 @@ TermSpec = Annotated[
     | FeatureSpec
     | AttentionSpec
     | RelationsSpec
-    | SimilaritySpec,
+    | SimilaritySpec
+    | SEEDSpec,
     Field(discriminator="kind"),
 ]
 ObjectiveSpec = Annotated[tuple[TermSpec, ...], Field(min_length=1)]
@@ -187,4 +198,6 @@ def _open_term(spec: TermSpec) -> Term:
             return Relations(**spec.told)
         case SimilaritySpec():
             return SimilarityPreserving(**spec.told)
+        case SEEDSpec():
+            return SEED(**spec.told)
     assert_never(spec)

@@ -45,24 +45,32 @@ class OfOneField:
         return (self.field,)
 
 
-class OfLogits:
+class Stateless:
+    """What terms that train nothing beside the student have in common, and all terms that do not say otherwise."""
+
+    name: ClassVar[str]
+    needs_labels: ClassVar[bool] = False
+
+    def joint(self, _shapes: Shapes) -> nn.Module | None:
+        """Nothing is trained beside the student."""
+        return None
+
+    def remember(self, _batch: Batch, _joint: nn.Module | None) -> None:
+        """Nothing is kept of a batch."""
+
+
+class OfLogits(Stateless):
     """What terms that read nothing of a student but its logits have in common."""
 
     weight: Weight
     temperature: float = 1.0
     """Of a term that has none to choose."""
 
-    name: ClassVar[str]
-    needs_labels: ClassVar[bool] = False
     nodes: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         require_weight(self.name, self.weight)
         require_positive(f"{self.name}.temperature", self.temperature)
-
-    def joint(self, _shapes: Shapes) -> nn.Module | None:
-        """Nothing is trained beside the student."""
-        return None
 
 
 @dataclass(frozen=True)

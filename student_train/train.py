@@ -87,6 +87,7 @@ def fit(
                     said = answer(normalize(batch.views_BCHW, normalization))
                     loss, values = objective(said, batch, stepper.progress)
                 stepper.take(loss, batch.step)
+                objective.remember(batch)
                 sums.add({"loss": loss.detach(), **values}, len(batch))
                 waited += wait
             seconds = time.perf_counter() - started

@@ -22,6 +22,7 @@ from student_train import (
     DKD,
     KD,
     NKD,
+    SEED,
     Answer,
     AttentionTransfer,
     CrossEntropy,
@@ -309,6 +310,7 @@ CONFIGURED: list[tuple[dict[str, Any], Term]] = [
     ({"kind": "feature", "node": "a", "field": "b", "distance": "mae"}, Feature("a", "b", distance="mae")),
     ({"kind": "attention", "node": "a", "field": "b", "weight": 15.6}, AttentionTransfer("a", "b", 15.6)),
     ({"kind": "relations", "node": "a", "field": "b", "angle_weight": 0}, Relations("a", "b", angle_weight=0.0)),
+    ({"kind": "seed", "node": "a", "field": "b", "queue": 9}, SEED("a", "b", queue=9)),
     ({"kind": "similarity", "node": "a", "field": "b", "weight": 3000}, SimilarityPreserving("a", "b", 3000.0)),
 ]
 
@@ -332,6 +334,8 @@ def test_every_term_can_be_configured() -> None:
         {"kind": "kd", "weight": [[0, 0]]},
         {"kind": "dkd", "temperature": 0},
         {"kind": "ctkd", "rise": 0},
+        {"kind": "seed", "node": "a", "field": "b", "queue": 0},
+        {"kind": "seed", "node": "a", "field": "b", "teacher_temperature": 0},
         {"kind": "ctkd", "start": 11},
         {"kind": "ctkd", "temperature": 4},
         {"kind": "feature", "field": "b"},
