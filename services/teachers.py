@@ -83,6 +83,10 @@ def open_served(spec: BuildSpec) -> ServedTeacher:
     _, views = first_views(opened)
     _, channels, height, width = views.pixels_BCHW.shape
     shape = (channels, height, width)
+    for field in spec.teacher.fields:
+        if field.startswith("flow:"):
+            hint = "Leave it out: a request names its fields with commas between them."
+            raise TeacherError(f"teacher.fields.{field}", "cannot be served", field, hint)
     shapes = probe(opened, shape)
     if len(shapes.get("logits", (1,))) != 1:
         rule = "must be [batch, classes] to be served"

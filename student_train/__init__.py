@@ -8,6 +8,7 @@
 from student_train.answer import Answer, Taps
 from student_train.cached_rows import CachedRows, OwnViews
 from student_train.feature_terms import AttentionTransfer, Feature, Relations, SimilarityPreserving
+from student_train.flow_term import Flow
 from student_train.objective import Objective
 from student_train.recipes import TrainSpec
 from student_train.seed_term import SEED
@@ -31,6 +32,7 @@ __all__ = [
     "EnsembleKD",
     "Feature",
     "FitResult",
+    "Flow",
     "LearnedTemperatureKD",
     "LogitMSE",
     "Objective",

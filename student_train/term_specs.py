@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, assert_never
 from pydantic import Field, field_validator
 
 from student_train.feature_terms import AttentionTransfer, Feature, Relations, SimilarityPreserving
+from student_train.flow_term import Flow
 from student_train.objective import Objective, Term
 from student_train.seed_term import SEED
 from student_train.temperature_term import LearnedTemperatureKD
@@ -139,6 +140,14 @@ class SimilaritySpec(_OfFeatures):
     kind: Literal["similarity"]
 
 
+class FlowSpec(_Spec):
+    """Flow between two layers."""
+
+    kind: Literal["flow"]
+    nodes: tuple[str, str] = Field(description="two modules of the student that put out maps")
+    field: str = Field(description="the cached `flow:<a>,<b>`")
+
+
 class SEEDSpec(_OfFeatures):
     """Similarities to the rows seen before."""
 
@@ -161,6 +170,7 @@ TermSpec = Annotated[
     | AttentionSpec
     | RelationsSpec
     | SimilaritySpec
+    | FlowSpec
     | SEEDSpec,
     Field(discriminator="kind"),
 ]
@@ -198,6 +208,8 @@ def _open_term(spec: TermSpec) -> Term:
             return Relations(**spec.told)
         case SimilaritySpec():
             return SimilarityPreserving(**spec.told)
+        case FlowSpec():
+            return Flow(**spec.told)
         case SEEDSpec():
             return SEED(**spec.told)
     assert_never(spec)

@@ -28,6 +28,7 @@ from student_train import (
     CrossEntropy,
     EnsembleKD,
     Feature,
+    Flow,
     LearnedTemperatureKD,
     LogitMSE,
     Objective,
@@ -310,6 +311,7 @@ CONFIGURED: list[tuple[dict[str, Any], Term]] = [
     ({"kind": "feature", "node": "a", "field": "b", "distance": "mae"}, Feature("a", "b", distance="mae")),
     ({"kind": "attention", "node": "a", "field": "b", "weight": 15.6}, AttentionTransfer("a", "b", 15.6)),
     ({"kind": "relations", "node": "a", "field": "b", "angle_weight": 0}, Relations("a", "b", angle_weight=0.0)),
+    ({"kind": "flow", "nodes": ["a", "b"], "field": "c"}, Flow(("a", "b"), "c")),
     ({"kind": "seed", "node": "a", "field": "b", "queue": 9}, SEED("a", "b", queue=9)),
     ({"kind": "similarity", "node": "a", "field": "b", "weight": 3000}, SimilarityPreserving("a", "b", 3000.0)),
 ]
@@ -320,10 +322,10 @@ def test_every_term_can_be_configured() -> None:
     described = {"terms": [body for body, _ in CONFIGURED]}
     assert open_objective(parse(OneTerm, described, "test").terms).terms == tuple(term for _, term in CONFIGURED)
     for body, term in CONFIGURED:
-        needed = {name: body[name] for name in ("kind", "node", "field", "fields") if name in body}
+        needed = {name: body[name] for name in ("kind", "node", "nodes", "field", "fields") if name in body}
         (bare,) = open_objective(parse(OneTerm, {"terms": [needed]}, "test").terms).terms
         assert bare == type(term)(
-            **{name: getattr(term, name) for name in ("node", "field", "fields") if name in needed}
+            **{name: getattr(term, name) for name in ("node", "nodes", "field", "fields") if name in needed}
         )
 
 
@@ -334,6 +336,7 @@ def test_every_term_can_be_configured() -> None:
         {"kind": "kd", "weight": [[0, 0]]},
         {"kind": "dkd", "temperature": 0},
         {"kind": "ctkd", "rise": 0},
+        {"kind": "flow", "nodes": ["a"], "field": "flow:a,b"},
         {"kind": "seed", "node": "a", "field": "b", "queue": 0},
         {"kind": "seed", "node": "a", "field": "b", "teacher_temperature": 0},
         {"kind": "ctkd", "start": 11},
