@@ -223,8 +223,8 @@ class TestFields:
             TeacherSpec.model_validate({"model": SMALL, "fields": {"attention:conv": {"pool": "mean"}}})
         with pytest.raises(ValidationError, match="is a matrix already"):
             TeacherSpec.model_validate({"model": SMALL, "fields": {"flow:conv,norm": {"pool": "mean"}}})
-        with pytest.raises(ValidationError, match="none of `logits`"):
-            TeacherSpec.model_validate({"model": SMALL, "fields": ["saliency"]})
+        with pytest.raises(ValidationError, match="is a map of the input already"):
+            TeacherSpec.model_validate({"model": SMALL, "fields": {"saliency": {"pool": "mean"}}})
 
     def test_answers_own_their_memory(self) -> None:
         """A second call does not change what the first gave."""

@@ -10,8 +10,18 @@ from torch import Tensor, nn
 
 from teacher_cache.errors import TeacherError
 from teacher_cache.fingerprint import fingerprint
-from teacher_cache.spec import HEAD_INPUT, FeatureHead, FieldSpec, NormalizeSpec, base_of, is_logits, nodes_of
+from teacher_cache.spec import (
+    HEAD_INPUT,
+    FeatureHead,
+    FieldSpec,
+    NormalizeSpec,
+    base_of,
+    is_logits,
+    needs_label,
+    nodes_of,
+)
 from teacher_cache.teachers.node_fields import field_value, pooled
+from teacher_cache.teachers.saliency import saliency
 from teacher_cache.views import normalize
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -36,8 +46,8 @@ class TorchTeacher:
         Args:
             module: images float [B, C, H, W] to logits [B, K].
             identity: what names the module (reference, arguments, digest of the weights).
-            fields: `logits`, `feature:<node>` with its pooling, `attention:<node>`, `flow:<a>,<b>`; each may have an
-                `@label`.
+            fields: `logits`, `feature:<node>` with its pooling, `attention:<node>`, `flow:<a>,<b>`, `saliency`; each
+                may have an `@label`.
             normalize: applied to views scaled to 0..1.
             precision: `fp32`, or autocast to `bf16` or `fp16`.
             channels_last: memory format of weights and inputs.
@@ -117,18 +127,17 @@ class TorchTeacher:
         return name, linear[name]
 
     @torch.inference_mode()
-    def __call__(self, views_BCHW: Tensor) -> dict[str, Tensor]:
+    def __call__(self, views_BCHW: Tensor, labels_B: Tensor | None = None) -> dict[str, Tensor]:
         """uint8 views to float32 fields. Copies to and from the device are the only transfers."""
         inputs = normalize(views_BCHW.to(self._device), self._normalize).contiguous(memory_format=self._format)
-        self._tapped.clear()
-        autocast = self.precision in _AUTOCAST
-        dtype = _AUTOCAST.get(self.precision, torch.bfloat16)
-        with torch.autocast(self._device.type, dtype=dtype, enabled=autocast):
-            logits = self._module(inputs)
-        if not isinstance(logits, Tensor):
-            hint = "Wrap it in a module whose forward returns the logits."
-            raise TeacherError("teacher.model", "must answer one tensor", type(logits).__name__, hint)
+        logits = self._logits(inputs)
         outputs = dict(self._tapped)
+        if labelled := next((name for name in self._fields if needs_label(name)), None):
+            if labels_B is None:
+                hint = "Give the views' labels beside them."
+                raise TeacherError(f"teacher.fields.{labelled}", "needs labels", None, hint)
+            # A forward pass of its own: what is asked for beside must not move the last bit of a logit.
+            outputs["saliency"] = saliency(self._logits, inputs, labels_B, self._normalize)
         self._tapped.clear()
         missing = [(name, node) for name in self._fields for node in nodes_of(name) if node not in outputs]
         if missing:
@@ -140,6 +149,18 @@ class TorchTeacher:
             for name, field in self._fields.items()
         }
         return {**answer, HEAD_INPUT: outputs[HEAD_INPUT].float()} if self.head is not None else answer
+
+    def _logits(self, inputs_BCHW: Tensor) -> Tensor:
+        """One forward pass, which leaves the outputs of the tapped nodes behind."""
+        self._tapped.clear()
+        autocast = self.precision in _AUTOCAST
+        dtype = _AUTOCAST.get(self.precision, torch.bfloat16)
+        with torch.autocast(self._device.type, dtype=dtype, enabled=autocast):
+            logits = self._module(inputs_BCHW)
+        if not isinstance(logits, Tensor):
+            hint = "Wrap it in a module whose forward returns the logits."
+            raise TeacherError("teacher.model", "must answer one tensor", type(logits).__name__, hint)
+        return logits
 
 
 class ExportedModule(nn.Module):
