@@ -11,6 +11,7 @@ from student_train.feature_terms import AttentionTransfer, Feature, Relations, S
 from student_train.flow_term import Flow
 from student_train.objective import Objective
 from student_train.recipes import TrainSpec
+from student_train.saliency_term import Saliency
 from student_train.seed_term import SEED
 from student_train.stream import Batch, ViewStream
 from student_train.temperature_term import LearnedTemperatureKD
@@ -38,6 +39,7 @@ __all__ = [
     "Objective",
     "OwnViews",
     "Relations",
+    "Saliency",
     "Schedule",
     "SimilarityPreserving",
     "Taps",

@@ -10,10 +10,11 @@ from typing import Any, ClassVar, Protocol, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from student_train.answer import Answer
+from student_train.answer import Answer, Taps
 from student_train.stream import Batch
 from student_train.weight import Schedule, Weight, weight_at
 from teacher_cache.errors import SpecError
+from teacher_cache.spec import NormalizeSpec
 
 Shape = tuple[int, ...]
 
@@ -26,6 +27,10 @@ class Shapes:
     """What the student's tapped modules put out."""
     fields: Mapping[str, Shape]
     """The cached fields."""
+    inputs: Shape = ()
+    """The student's views, where a term differentiates at them."""
+    normalization: NormalizeSpec | None = None
+    """How they are normalised for the student."""
 
 
 class Term(Protocol):
@@ -34,6 +39,7 @@ class Term(Protocol):
     Attributes:
         name: how it is called in logs.
         needs_labels: whether batches must have labels.
+        needs_inputs: whether it differentiates at the student's input.
         weight: what its value is multiplied by.
         reads: the cached fields that it needs.
         nodes: the student's modules that it needs.
@@ -41,6 +47,7 @@ class Term(Protocol):
 
     name: ClassVar[str]
     needs_labels: ClassVar[bool]
+    needs_inputs: ClassVar[bool]
 
     @property
     def weight(self) -> Weight: ...
@@ -119,6 +126,15 @@ class Objective:
         """Whether some term reads the labels."""
         return any(term.needs_labels for term in self.terms)
 
+    @property
+    def needs_inputs(self) -> bool:
+        """Whether some term differentiates at the student's input: what `Taps` must keep."""
+        return any(term.needs_inputs for term in self.terms)
+
+    def taps(self, student: nn.Module) -> Taps:
+        """Listens to all that its terms read of a student."""
+        return Taps(student, self.nodes, self.needs_inputs)
+
     def join(self, shapes: Shapes, device: torch.device | str = "cpu") -> None:
         """Builds what is trained beside the student; drawn from torch's global generator.
 
@@ -179,8 +195,11 @@ class Objective:
     def _joint(self, name: str, term: Term, answer: Answer) -> nn.Module | None:
         missing = [node for node in term.nodes if node not in answer.nodes]
         if missing:
-            hint = "Give the objective the answer of `Taps(student, objective.nodes)`."
+            hint = "Give the objective the answer of `objective.taps(student)`."
             raise SpecError(f"objective.{name}", "needs what a node of the student puts out", missing[0], hint)
+        if term.needs_inputs and answer.inputs_BCHW is None:
+            hint = "Give the objective the answer of `objective.taps(student)`."
+            raise SpecError(f"objective.{name}", "needs what the student was shown", "an answer without", hint)
         if self._joints is None and term.nodes:
             raise _not_joined(name)
         return None if self._joints is None else self._joints[name]

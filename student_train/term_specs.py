@@ -9,6 +9,7 @@ from pydantic import Field, field_validator
 from student_train.feature_terms import AttentionTransfer, Feature, Relations, SimilarityPreserving
 from student_train.flow_term import Flow
 from student_train.objective import Objective, Term
+from student_train.saliency_term import Saliency
 from student_train.seed_term import SEED
 from student_train.temperature_term import LearnedTemperatureKD
 from student_train.terms import DIST, DKD, KD, NKD, CrossEntropy, EnsembleKD, LogitMSE
@@ -148,6 +149,13 @@ class FlowSpec(_Spec):
     field: str = Field(description="the cached `flow:<a>,<b>`")
 
 
+class SaliencySpec(_Spec):
+    """Gradients of the label's logit at the pixels."""
+
+    kind: Literal["saliency"]
+    field: str = Field(default="saliency", description="the cached gradients")
+
+
 class SEEDSpec(_OfFeatures):
     """Similarities to the rows seen before."""
 
@@ -171,6 +179,7 @@ TermSpec = Annotated[
     | RelationsSpec
     | SimilaritySpec
     | FlowSpec
+    | SaliencySpec
     | SEEDSpec,
     Field(discriminator="kind"),
 ]
@@ -210,6 +219,8 @@ def _open_term(spec: TermSpec) -> Term:
             return SimilarityPreserving(**spec.told)
         case FlowSpec():
             return Flow(**spec.told)
+        case SaliencySpec():
+            return Saliency(**spec.told)
         case SEEDSpec():
             return SEED(**spec.told)
     assert_never(spec)

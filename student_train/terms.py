@@ -50,6 +50,7 @@ class Stateless:
 
     name: ClassVar[str]
     needs_labels: ClassVar[bool] = False
+    needs_inputs: ClassVar[bool] = False
 
     def joint(self, _shapes: Shapes) -> nn.Module | None:
         """Nothing is trained beside the student."""
@@ -156,7 +157,12 @@ class DIST(OfOneField, OfLogits):
         return dist_loss(answer.logits_BC, target, self.temperature, self.rows_weight, self.classes_weight)
 
 
-def _labels(batch: Batch, name: str) -> Tensor:
+def own_labels(batch: Batch, name: str) -> Tensor:
+    """One class number a row.
+
+    Raises:
+        SpecError: views are mixed, and rows have two.
+    """
     assert batch.labels_B is not None, "the objective was checked against the data"
     if batch.mixing is not None:
         hint = "Use soft targets, or a recipe that does not mix."
@@ -180,7 +186,7 @@ class DKD(OfOneField, OfLogits):
     needs_labels: ClassVar[bool] = True
 
     def __call__(self, answer: Answer, batch: Batch, *_: object) -> Tensor:
-        target, labels_B = batch.targets[self.field], _labels(batch, self.name)
+        target, labels_B = batch.targets[self.field], own_labels(batch, self.name)
         return dkd_loss(answer.logits_BC, target, labels_B, self.temperature, self.label_weight, self.others_weight)
 
 
@@ -198,7 +204,7 @@ class NKD(OfOneField, OfLogits):
     needs_labels: ClassVar[bool] = True
 
     def __call__(self, answer: Answer, batch: Batch, *_: object) -> Tensor:
-        target, labels_B = batch.targets[self.field], _labels(batch, self.name)
+        target, labels_B = batch.targets[self.field], own_labels(batch, self.name)
         return nkd_loss(answer.logits_BC, target, labels_B, self.temperature, self.others_weight)
 
 

@@ -33,6 +33,7 @@ from student_train import (
     LogitMSE,
     Objective,
     Relations,
+    Saliency,
     Schedule,
     SimilarityPreserving,
     Taps,
@@ -312,6 +313,7 @@ CONFIGURED: list[tuple[dict[str, Any], Term]] = [
     ({"kind": "attention", "node": "a", "field": "b", "weight": 15.6}, AttentionTransfer("a", "b", 15.6)),
     ({"kind": "relations", "node": "a", "field": "b", "angle_weight": 0}, Relations("a", "b", angle_weight=0.0)),
     ({"kind": "flow", "nodes": ["a", "b"], "field": "c"}, Flow(("a", "b"), "c")),
+    ({"kind": "saliency", "field": "b/saliency", "weight": 2}, Saliency(2.0, "b/saliency")),
     ({"kind": "seed", "node": "a", "field": "b", "queue": 9}, SEED("a", "b", queue=9)),
     ({"kind": "similarity", "node": "a", "field": "b", "weight": 3000}, SimilarityPreserving("a", "b", 3000.0)),
 ]
@@ -337,6 +339,7 @@ def test_every_term_can_be_configured() -> None:
         {"kind": "dkd", "temperature": 0},
         {"kind": "ctkd", "rise": 0},
         {"kind": "flow", "nodes": ["a"], "field": "flow:a,b"},
+        {"kind": "saliency", "node": "a"},
         {"kind": "seed", "node": "a", "field": "b", "queue": 0},
         {"kind": "seed", "node": "a", "field": "b", "teacher_temperature": 0},
         {"kind": "ctkd", "start": 11},
