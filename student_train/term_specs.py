@@ -6,13 +6,14 @@ from typing import Annotated, Any, Literal, assert_never
 
 from pydantic import Field, field_validator
 
+from student_train.ensemble_terms import EnsembleKD, HeadsKD
 from student_train.feature_terms import AttentionTransfer, Feature, Relations, SimilarityPreserving
 from student_train.flow_term import Flow
 from student_train.objective import Objective, Term
 from student_train.saliency_term import Saliency
 from student_train.seed_term import SEED
 from student_train.temperature_term import LearnedTemperatureKD
-from student_train.terms import DIST, DKD, KD, NKD, CrossEntropy, EnsembleKD, LogitMSE
+from student_train.terms import DIST, DKD, KD, NKD, CrossEntropy, LogitMSE
 from student_train.weight import Schedule
 from teacher_cache.errors import SpecError
 from teacher_cache.spec import Strict
@@ -108,6 +109,15 @@ class EnsembleKDSpec(_Spec):
     temperature: Positive = 4.0
 
 
+class HeadsKDSpec(_Spec):
+    """Soft targets of several teachers, each for a head of its own."""
+
+    kind: Literal["heads_kd"]
+    node: str = Field(description="a module of the student that puts out the logits of all heads")
+    fields: tuple[str, ...] = Field(description="each teacher's logits, in the order of the heads")
+    temperature: Positive = 4.0
+
+
 class _OfFeatures(_Spec):
     node: str = Field(description="a module of the student")
     field: str = Field(description="the cached field that it is compared with")
@@ -174,6 +184,7 @@ TermSpec = Annotated[
     | NKDSpec
     | LearnedTemperatureKDSpec
     | EnsembleKDSpec
+    | HeadsKDSpec
     | FeatureSpec
     | AttentionSpec
     | RelationsSpec
@@ -209,6 +220,8 @@ def _open_term(spec: TermSpec) -> Term:
             return LearnedTemperatureKD(**spec.told)
         case EnsembleKDSpec():
             return EnsembleKD(**spec.told)
+        case HeadsKDSpec():
+            return HeadsKD(**spec.told)
         case FeatureSpec():
             return Feature(**spec.told)
         case AttentionSpec():

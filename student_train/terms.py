@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from torch import Tensor, nn
 from torch.nn import functional
@@ -12,12 +12,8 @@ from student_train.answer import Answer
 from student_train.losses import (
     dist_loss,
     dkd_loss,
-    geometric_mean,
     logit_mse,
-    majority_vote,
-    mean_of_probabilities,
     nkd_loss,
-    soft_label_loss,
     soft_target_loss,
     standardised,
     standardised_target,
@@ -206,43 +202,3 @@ class NKD(OfOneField, OfLogits):
     def __call__(self, answer: Answer, batch: Batch, *_: object) -> Tensor:
         target, labels_B = batch.targets[self.field], own_labels(batch, self.name)
         return nkd_loss(answer.logits_BC, target, labels_B, self.temperature, self.others_weight)
-
-
-@dataclass(frozen=True)
-class EnsembleKD(OfLogits):
-    """Soft targets of several teachers together; what is averaged makes a different target, and is named."""
-
-    fields: tuple[str, ...]
-    """The cached logits of each teacher."""
-    mean_of: Literal["probabilities", "logits", "votes"] = "probabilities"
-    weight: Weight = 1.0
-    temperature: float = 4.0
-    """1 for votes, which have none."""
-
-    name: ClassVar[str] = "ensemble_kd"
-    needs_labels: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if len(set(self.fields)) < 2 or len(set(self.fields)) < len(self.fields):
-            hint = "Name each teacher's logits once; for one teacher there is kd."
-            raise SpecError("ensemble_kd.fields", "must be two or more different fields", self.fields, hint)
-        if self.mean_of == "votes" and self.temperature != 1:
-            hint = "Set the temperature to 1."
-            raise SpecError("ensemble_kd.temperature", "must be 1 for votes, which have none", self.temperature, hint)
-
-    @property
-    def reads(self) -> tuple[str, ...]:
-        """The logits of all teachers."""
-        return self.fields
-
-    def __call__(self, answer: Answer, batch: Batch, *_: object) -> Tensor:
-        targets = [batch.targets[field] for field in self.fields]
-        match self.mean_of:
-            case "probabilities":
-                log_p_BC = mean_of_probabilities(targets, self.temperature)
-            case "logits":
-                log_p_BC = geometric_mean(targets, self.temperature)
-            case "votes":
-                log_p_BC = majority_vote(targets)
-        return soft_label_loss(answer.logits_BC, log_p_BC, self.temperature)
