@@ -37,8 +37,8 @@ class HttpTeacher:
         self.fingerprint = card.digest
         self.device, self.threads = card.numerics.device, card.numerics.threads
 
-    def __call__(self, views_BCHW: Tensor) -> dict[str, Tensor]:
-        """uint8 [B, C, H, W] to float32 fields on the CPU, asked for in one request."""
+    def __call__(self, views_BCHW: Tensor, _labels_B: Tensor | None = None) -> dict[str, Tensor]:
+        """uint8 [B, C, H, W] to float32 fields on the CPU, asked for in one request; none is made with labels."""
         asked = tuple(dict.fromkeys(map(base_of, self.fields)))
         answer = self._client.predict(views_BCHW.cpu(), fields=asked, digest=self.fingerprint)
         found = dict(answer.features)

@@ -9,7 +9,7 @@ from services.schemas import OUTPUTS, FieldCard, InputCard, LimitsCard, Numerics
 from services.settings import Settings
 from teacher_cache.errors import TeacherError
 from teacher_cache.plan import first_views, open_parts, probe
-from teacher_cache.spec import BuildSpec, NormalizeSpec
+from teacher_cache.spec import BuildSpec, NormalizeSpec, base_of
 from teacher_cache.teachers import Teacher, resolve_device
 
 
@@ -73,6 +73,14 @@ class ServedTeacher:
         )
 
 
+def _require_servable(spec: BuildSpec) -> None:
+    reasons = {"flow": "a request names its fields with commas between them", "saliency": "requests bring no labels"}
+    for field in spec.teacher.fields:
+        reason = reasons.get(base_of(field).partition(":")[0])
+        if reason is not None:
+            raise TeacherError(f"teacher.fields.{field}", f"cannot be served: {reason}", field, "Leave it out.")
+
+
 def open_served(spec: BuildSpec) -> ServedTeacher:
     """The teacher of a build's configuration, probed once; its source gives the class names.
 
@@ -83,6 +91,7 @@ def open_served(spec: BuildSpec) -> ServedTeacher:
     _, views = first_views(opened)
     _, channels, height, width = views.pixels_BCHW.shape
     shape = (channels, height, width)
+    _require_servable(spec)
     shapes = probe(opened, shape)
     if len(shapes.get("logits", (1,))) != 1:
         rule = "must be [batch, classes] to be served"

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -20,6 +21,8 @@ class Answer:
     logits_BC: Tensor
     nodes: Mapping[str, Tensor] = field(default_factory=dict)
     """What its tapped modules put out, by name."""
+    inputs_BCHW: Tensor | None = None
+    """What it was shown, where that was asked for: gradients flow to it, also from within `torch.no_grad`."""
 
 
 class Taps:
@@ -28,17 +31,18 @@ class Taps:
     The student stays the plain module that it is: its weights and their names are what a checkpoint keeps.
     """
 
-    def __init__(self, student: nn.Module, nodes: Sequence[str]) -> None:
+    def __init__(self, student: nn.Module, nodes: Sequence[str], inputs: bool = False) -> None:
         """Listens to some of its modules.
 
         Args:
             student: images to logits.
             nodes: names as `named_modules` has them.
+            inputs: whether answers keep what was shown, to be differentiated at.
 
         Raises:
             SpecError: the student has no such module.
         """
-        self._student, self._nodes = student, tuple(nodes)
+        self._student, self._nodes, self._inputs = student, tuple(nodes), inputs
         self._kept: dict[str, Tensor] = {}
         self._listening = False
         self._handles: list[RemovableHandle] = []
@@ -70,8 +74,11 @@ class Taps:
         """
         self._kept.clear()
         self._listening = True
+        if self._inputs:
+            images_BCHW = images_BCHW.detach().requires_grad_()
         try:
-            logits_BC: object = self._student(images_BCHW)
+            with torch.set_grad_enabled(self._inputs or torch.is_grad_enabled()):
+                logits_BC: object = self._student(images_BCHW)
         finally:
             self._listening = False
         if not isinstance(logits_BC, Tensor):
@@ -83,7 +90,7 @@ class Taps:
             raise SpecError("node", "must run in a forward pass", silent[0], hint)
         kept = dict(self._kept)
         self._kept.clear()
-        return Answer(logits_BC, kept)
+        return Answer(logits_BC, kept, images_BCHW if self._inputs else None)
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:

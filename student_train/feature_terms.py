@@ -20,14 +20,14 @@ from student_train.losses import (
 )
 from student_train.objective import Shape, Shapes
 from student_train.stream import Batch
-from student_train.terms import OfOneField
+from student_train.terms import OfOneField, Stateless
 from student_train.weight import Weight, require_weight
 from teacher_cache.encodings import Target
 from teacher_cache.errors import SpecError
 
 
 @dataclass(frozen=True)
-class OfFeatures(OfOneField):
+class OfFeatures(OfOneField, Stateless):
     """A node of the student and a cached field that is compared with it."""
 
     node: str
@@ -36,9 +36,6 @@ class OfFeatures(OfOneField):
     """The cached field, such as `feature:layer3`."""
     weight: Weight = 1.0
 
-    name: ClassVar[str]
-    needs_labels: ClassVar[bool] = False
-
     def __post_init__(self) -> None:
         require_weight(self.name, self.weight)
 
@@ -46,10 +43,6 @@ class OfFeatures(OfOneField):
     def nodes(self) -> tuple[str, ...]:
         """The student's module."""
         return (self.node,)
-
-    def joint(self, _shapes: Shapes) -> nn.Module | None:
-        """Nothing is trained beside the student, where widths may differ."""
-        return None
 
 
 @dataclass(frozen=True)
@@ -82,14 +75,14 @@ class Feature(OfFeatures):
         hint = "Choose a node of the same height and width, or as many tokens; or cache the field with `pool: mean`."
         raise SpecError(f"feature.{self.node}", rule, list(student), hint)
 
-    def __call__(self, answer: Answer, batch: Batch, joint: nn.Module | None) -> Tensor:
+    def __call__(self, answer: Answer, batch: Batch, joint: nn.Module | None, *_: object) -> Tensor:
         target = batch.targets[self.field]
-        value = _as_field(answer.nodes[self.node], target)
+        value = as_field(answer.nodes[self.node], target)
         projected = value if joint is None else joint(value)
         return feature_mse(projected, target) if self.distance == "mse" else feature_mae(projected, target)
 
 
-def _as_field(value: Tensor, target: Target) -> Tensor:
+def as_field(value: Tensor, target: Target) -> Tensor:
     """A map averaged over space where the teacher's feature is a vector."""
     return value.flatten(2).mean(2) if value.ndim > 2 and target.dense().values.ndim == 2 else value
 
@@ -115,7 +108,7 @@ class AttentionTransfer(OfFeatures):
             raise SpecError(f"attention.{self.node}", rule, list(here), "Choose a node of that height and width.")
         return None
 
-    def __call__(self, answer: Answer, batch: Batch, _joint: nn.Module | None) -> Tensor:
+    def __call__(self, answer: Answer, batch: Batch, *_: object) -> Tensor:
         attention = attention_map(answer.nodes[self.node])
         loss = attention_transfer_loss if self.squared else normalised_activation_loss
         return loss(attention, batch.targets[self.field])
@@ -137,7 +130,7 @@ class Relations(OfFeatures):
             found = (self.distance_weight, self.angle_weight)
             raise SpecError("relations.distance_weight, angle_weight", rule, found, "Choose other values.")
 
-    def __call__(self, answer: Answer, batch: Batch, _joint: nn.Module | None) -> Tensor:
+    def __call__(self, answer: Answer, batch: Batch, *_: object) -> Tensor:
         feature, target = answer.nodes[self.node], batch.targets[self.field]
         parts = []
         if self.distance_weight:
@@ -153,5 +146,5 @@ class SimilarityPreserving(OfFeatures):
 
     name: ClassVar[str] = "similarity"
 
-    def __call__(self, answer: Answer, batch: Batch, _joint: nn.Module | None) -> Tensor:
+    def __call__(self, answer: Answer, batch: Batch, *_: object) -> Tensor:
         return similarity_loss(answer.nodes[self.node], batch.targets[self.field])

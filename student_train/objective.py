@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, ClassVar, Protocol, cast
+from typing import Any, ClassVar, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from student_train.answer import Answer
+from student_train.answer import Answer, Taps
 from student_train.stream import Batch
 from student_train.weight import Schedule, Weight, weight_at
 from teacher_cache.errors import SpecError
+from teacher_cache.spec import NormalizeSpec
 
 Shape = tuple[int, ...]
 
@@ -26,14 +27,19 @@ class Shapes:
     """What the student's tapped modules put out."""
     fields: Mapping[str, Shape]
     """The cached fields."""
+    inputs: Shape = ()
+    """The student's views, where a term differentiates at them."""
+    normalization: NormalizeSpec | None = None
+    """How they are normalised for the student."""
 
 
 class Term(Protocol):
-    """One part of an objective. It holds no state: what it trains is its joint, which the objective keeps.
+    """One part of an objective. It holds no state: what it trains or keeps is its joint, which the objective holds.
 
     Attributes:
         name: how it is called in logs.
         needs_labels: whether batches must have labels.
+        needs_inputs: whether it differentiates at the student's input.
         weight: what its value is multiplied by.
         reads: the cached fields that it needs.
         nodes: the student's modules that it needs.
@@ -41,6 +47,7 @@ class Term(Protocol):
 
     name: ClassVar[str]
     needs_labels: ClassVar[bool]
+    needs_inputs: ClassVar[bool]
 
     @property
     def weight(self) -> Weight: ...
@@ -52,10 +59,32 @@ class Term(Protocol):
     def nodes(self) -> tuple[str, ...]: ...
 
     def joint(self, shapes: Shapes, /) -> nn.Module | None:
-        """What is trained beside the student, such as a projection to the teacher's width; None where nothing is."""
+        """What is trained or kept beside the student, such as a projection or a queue; None where nothing is."""
 
-    def __call__(self, answer: Answer, batch: Batch, joint: nn.Module | None, /) -> Tensor:
-        """The unweighted value, a scalar."""
+    def __call__(self, answer: Answer, batch: Batch, joint: nn.Module | None, progress: float, /) -> Tensor:
+        """The unweighted value, a scalar, when so much of the run is done, 0..1."""
+
+    def remember(self, batch: Batch, joint: nn.Module | None, /) -> None:
+        """Takes into the joint what is kept of a batch that was trained on: called once for each, after its loss."""
+
+
+Kept = TypeVar("Kept", bound=nn.Module)
+
+
+def joined(joint: nn.Module | None, kind: type[Kept], name: str) -> Kept:
+    """A term's joint, known for what it is.
+
+    Raises:
+        SpecError: the objective was not joined to a student.
+    """
+    if not isinstance(joint, kind):
+        raise _not_joined(name)
+    return joint
+
+
+def _not_joined(name: str) -> SpecError:
+    hint = "Call `objective.join(...)` before the first step; `fit` does."
+    return SpecError(f"objective.{name}", "must be joined to the student first", "not joined", hint)
 
 
 def _require_some_weight(terms: Sequence[Term]) -> None:
@@ -96,6 +125,15 @@ class Objective:
     def needs_labels(self) -> bool:
         """Whether some term reads the labels."""
         return any(term.needs_labels for term in self.terms)
+
+    @property
+    def needs_inputs(self) -> bool:
+        """Whether some term differentiates at the student's input: what `Taps` must keep."""
+        return any(term.needs_inputs for term in self.terms)
+
+    def taps(self, student: nn.Module) -> Taps:
+        """Listens to all that its terms read of a student."""
+        return Taps(student, self.nodes, self.needs_inputs)
 
     def join(self, shapes: Shapes, device: torch.device | str = "cpu") -> None:
         """Builds what is trained beside the student; drawn from torch's global generator.
@@ -139,22 +177,29 @@ class Objective:
             weight = weight_at(term.weight, progress)
             if weight == 0:
                 continue
-            value = term(answer, batch, self._joint(name, term, answer))
+            value = term(answer, batch, self._joint(name, term, answer), progress)
             loss = loss + weight * value
             values[name] = value.detach()
         return loss, values
 
-    def each(self, answer: Answer, batch: Batch) -> dict[str, Tensor]:
+    def remember(self, batch: Batch) -> None:
+        """Lets each term keep what later batches are compared with: once for each batch that is trained on."""
+        for name, term in zip(self._names, self.terms, strict=True):
+            term.remember(batch, None if self._joints is None else self._joints[name])
+
+    def each(self, answer: Answer, batch: Batch, progress: float = 0.0) -> dict[str, Tensor]:
         """Each term's unweighted value, also of those that do not count at the moment."""
         terms = zip(self._names, self.terms, strict=True)
-        return {name: term(answer, batch, self._joint(name, term, answer)) for name, term in terms}
+        return {name: term(answer, batch, self._joint(name, term, answer), progress) for name, term in terms}
 
     def _joint(self, name: str, term: Term, answer: Answer) -> nn.Module | None:
         missing = [node for node in term.nodes if node not in answer.nodes]
         if missing:
-            hint = "Give the objective the answer of `Taps(student, objective.nodes)`."
+            hint = "Give the objective the answer of `objective.taps(student)`."
             raise SpecError(f"objective.{name}", "needs what a node of the student puts out", missing[0], hint)
+        if term.needs_inputs and answer.inputs_BCHW is None:
+            hint = "Give the objective the answer of `objective.taps(student)`."
+            raise SpecError(f"objective.{name}", "needs what the student was shown", "an answer without", hint)
         if self._joints is None and term.nodes:
-            hint = "Call `objective.join(...)` before the first step; `fit` does."
-            raise SpecError(f"objective.{name}", "must be joined to the student first", "not joined", hint)
+            raise _not_joined(name)
         return None if self._joints is None else self._joints[name]

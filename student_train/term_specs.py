@@ -6,9 +6,14 @@ from typing import Annotated, Any, Literal, assert_never
 
 from pydantic import Field, field_validator
 
+from student_train.ensemble_terms import EnsembleKD, HeadsKD
 from student_train.feature_terms import AttentionTransfer, Feature, Relations, SimilarityPreserving
+from student_train.flow_term import Flow
 from student_train.objective import Objective, Term
-from student_train.terms import DIST, DKD, KD, NKD, CrossEntropy, EnsembleKD, LogitMSE
+from student_train.saliency_term import Saliency
+from student_train.seed_term import SEED
+from student_train.temperature_term import LearnedTemperatureKD
+from student_train.terms import DIST, DKD, KD, NKD, CrossEntropy, LogitMSE
 from student_train.weight import Schedule
 from teacher_cache.errors import SpecError
 from teacher_cache.spec import Strict
@@ -87,12 +92,29 @@ class NKDSpec(_OfLogits):
     others_weight: float = Field(default=1.5, ge=0, description="the paper's γ")
 
 
+class LearnedTemperatureKDSpec(_OfLogits):
+    """Soft targets at a temperature that is learned against the student."""
+
+    kind: Literal["ctkd"]
+    start: float = Field(default=1.0, ge=-10, le=10, description="θ at first: T = 1 + 20 · sigmoid(θ)")
+    rise: float = Field(default=0.05, gt=0, le=1, description="share of the run until θ is trained in full")
+
+
 class EnsembleKDSpec(_Spec):
     """Soft targets of several teachers together."""
 
     kind: Literal["ensemble_kd"]
     fields: tuple[str, ...] = Field(description="each teacher's logits")
     mean_of: Literal["probabilities", "logits", "votes"] = "probabilities"
+    temperature: Positive = 4.0
+
+
+class HeadsKDSpec(_Spec):
+    """Soft targets of several teachers, each for a head of its own."""
+
+    kind: Literal["heads_kd"]
+    node: str = Field(description="a module of the student that puts out the logits of all heads")
+    fields: tuple[str, ...] = Field(description="each teacher's logits, in the order of the heads")
     temperature: Positive = 4.0
 
 
@@ -129,6 +151,30 @@ class SimilaritySpec(_OfFeatures):
     kind: Literal["similarity"]
 
 
+class FlowSpec(_Spec):
+    """Flow between two layers."""
+
+    kind: Literal["flow"]
+    nodes: tuple[str, str] = Field(description="two modules of the student that put out maps")
+    field: str = Field(description="the cached `flow:<a>,<b>`")
+
+
+class SaliencySpec(_Spec):
+    """Gradients of the label's logit at the pixels."""
+
+    kind: Literal["saliency"]
+    field: str = Field(default="saliency", description="the cached gradients")
+
+
+class SEEDSpec(_OfFeatures):
+    """Similarities to the rows seen before."""
+
+    kind: Literal["seed"]
+    student_temperature: Positive = 0.2
+    teacher_temperature: Positive = 0.01
+    queue: int = Field(default=65_536, gt=0, description="rows that are compared with")
+
+
 TermSpec = Annotated[
     CrossEntropySpec
     | KDSpec
@@ -136,11 +182,16 @@ TermSpec = Annotated[
     | DISTSpec
     | DKDSpec
     | NKDSpec
+    | LearnedTemperatureKDSpec
     | EnsembleKDSpec
+    | HeadsKDSpec
     | FeatureSpec
     | AttentionSpec
     | RelationsSpec
-    | SimilaritySpec,
+    | SimilaritySpec
+    | FlowSpec
+    | SaliencySpec
+    | SEEDSpec,
     Field(discriminator="kind"),
 ]
 ObjectiveSpec = Annotated[tuple[TermSpec, ...], Field(min_length=1)]
@@ -165,8 +216,12 @@ def _open_term(spec: TermSpec) -> Term:
             return DKD(**spec.told)
         case NKDSpec():
             return NKD(**spec.told)
+        case LearnedTemperatureKDSpec():
+            return LearnedTemperatureKD(**spec.told)
         case EnsembleKDSpec():
             return EnsembleKD(**spec.told)
+        case HeadsKDSpec():
+            return HeadsKD(**spec.told)
         case FeatureSpec():
             return Feature(**spec.told)
         case AttentionSpec():
@@ -175,4 +230,10 @@ def _open_term(spec: TermSpec) -> Term:
             return Relations(**spec.told)
         case SimilaritySpec():
             return SimilarityPreserving(**spec.told)
+        case FlowSpec():
+            return Flow(**spec.told)
+        case SaliencySpec():
+            return Saliency(**spec.told)
+        case SEEDSpec():
+            return SEED(**spec.told)
     assert_never(spec)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from torch import Tensor, nn
 from torch.nn import functional
@@ -12,12 +12,8 @@ from student_train.answer import Answer
 from student_train.losses import (
     dist_loss,
     dkd_loss,
-    geometric_mean,
     logit_mse,
-    majority_vote,
-    mean_of_probabilities,
     nkd_loss,
-    soft_label_loss,
     soft_target_loss,
     standardised,
     standardised_target,
@@ -45,24 +41,33 @@ class OfOneField:
         return (self.field,)
 
 
-class OfLogits:
+class Stateless:
+    """What terms that train nothing beside the student have in common, and all terms that do not say otherwise."""
+
+    name: ClassVar[str]
+    needs_labels: ClassVar[bool] = False
+    needs_inputs: ClassVar[bool] = False
+
+    def joint(self, _shapes: Shapes) -> nn.Module | None:
+        """Nothing is trained beside the student."""
+        return None
+
+    def remember(self, _batch: Batch, _joint: nn.Module | None) -> None:
+        """Nothing is kept of a batch."""
+
+
+class OfLogits(Stateless):
     """What terms that read nothing of a student but its logits have in common."""
 
     weight: Weight
     temperature: float = 1.0
     """Of a term that has none to choose."""
 
-    name: ClassVar[str]
-    needs_labels: ClassVar[bool] = False
     nodes: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         require_weight(self.name, self.weight)
         require_positive(f"{self.name}.temperature", self.temperature)
-
-    def joint(self, _shapes: Shapes) -> nn.Module | None:
-        """Nothing is trained beside the student."""
-        return None
 
 
 @dataclass(frozen=True)
@@ -83,7 +88,7 @@ class CrossEntropy(OfLogits):
             rule = "must be in 0..1, 1 excluded"
             raise SpecError("cross_entropy.label_smoothing", rule, self.label_smoothing, "Choose another value.")
 
-    def __call__(self, answer: Answer, batch: Batch, _joint: nn.Module | None = None) -> Tensor:
+    def __call__(self, answer: Answer, batch: Batch, *_: object) -> Tensor:
         assert batch.labels_B is not None, "the objective was checked against the data"
         own_B = self._each(answer.logits_BC, batch.labels_B)
         if batch.mixing is None:
@@ -111,7 +116,7 @@ class KD(OfOneField, OfLogits):
 
     name: ClassVar[str] = "kd"
 
-    def __call__(self, answer: Answer, batch: Batch, _joint: nn.Module | None = None) -> Tensor:
+    def __call__(self, answer: Answer, batch: Batch, *_: object) -> Tensor:
         target = batch.targets[self.field]
         if self.standardise:
             return soft_target_loss(standardised(answer.logits_BC), standardised_target(target), self.temperature)
@@ -127,7 +132,7 @@ class LogitMSE(OfOneField, OfLogits):
 
     name: ClassVar[str] = "logit_mse"
 
-    def __call__(self, answer: Answer, batch: Batch, _joint: nn.Module | None = None) -> Tensor:
+    def __call__(self, answer: Answer, batch: Batch, *_: object) -> Tensor:
         return logit_mse(answer.logits_BC, batch.targets[self.field])
 
 
@@ -143,12 +148,17 @@ class DIST(OfOneField, OfLogits):
 
     name: ClassVar[str] = "dist"
 
-    def __call__(self, answer: Answer, batch: Batch, _joint: nn.Module | None = None) -> Tensor:
+    def __call__(self, answer: Answer, batch: Batch, *_: object) -> Tensor:
         target = batch.targets[self.field]
         return dist_loss(answer.logits_BC, target, self.temperature, self.rows_weight, self.classes_weight)
 
 
-def _labels(batch: Batch, name: str) -> Tensor:
+def own_labels(batch: Batch, name: str) -> Tensor:
+    """One class number a row.
+
+    Raises:
+        SpecError: views are mixed, and rows have two.
+    """
     assert batch.labels_B is not None, "the objective was checked against the data"
     if batch.mixing is not None:
         hint = "Use soft targets, or a recipe that does not mix."
@@ -171,8 +181,8 @@ class DKD(OfOneField, OfLogits):
     name: ClassVar[str] = "dkd"
     needs_labels: ClassVar[bool] = True
 
-    def __call__(self, answer: Answer, batch: Batch, _joint: nn.Module | None = None) -> Tensor:
-        target, labels_B = batch.targets[self.field], _labels(batch, self.name)
+    def __call__(self, answer: Answer, batch: Batch, *_: object) -> Tensor:
+        target, labels_B = batch.targets[self.field], own_labels(batch, self.name)
         return dkd_loss(answer.logits_BC, target, labels_B, self.temperature, self.label_weight, self.others_weight)
 
 
@@ -189,46 +199,6 @@ class NKD(OfOneField, OfLogits):
     name: ClassVar[str] = "nkd"
     needs_labels: ClassVar[bool] = True
 
-    def __call__(self, answer: Answer, batch: Batch, _joint: nn.Module | None = None) -> Tensor:
-        target, labels_B = batch.targets[self.field], _labels(batch, self.name)
+    def __call__(self, answer: Answer, batch: Batch, *_: object) -> Tensor:
+        target, labels_B = batch.targets[self.field], own_labels(batch, self.name)
         return nkd_loss(answer.logits_BC, target, labels_B, self.temperature, self.others_weight)
-
-
-@dataclass(frozen=True)
-class EnsembleKD(OfLogits):
-    """Soft targets of several teachers together; what is averaged makes a different target, and is named."""
-
-    fields: tuple[str, ...]
-    """The cached logits of each teacher."""
-    mean_of: Literal["probabilities", "logits", "votes"] = "probabilities"
-    weight: Weight = 1.0
-    temperature: float = 4.0
-    """1 for votes, which have none."""
-
-    name: ClassVar[str] = "ensemble_kd"
-    needs_labels: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if len(set(self.fields)) < 2 or len(set(self.fields)) < len(self.fields):
-            hint = "Name each teacher's logits once; for one teacher there is kd."
-            raise SpecError("ensemble_kd.fields", "must be two or more different fields", self.fields, hint)
-        if self.mean_of == "votes" and self.temperature != 1:
-            hint = "Set the temperature to 1."
-            raise SpecError("ensemble_kd.temperature", "must be 1 for votes, which have none", self.temperature, hint)
-
-    @property
-    def reads(self) -> tuple[str, ...]:
-        """The logits of all teachers."""
-        return self.fields
-
-    def __call__(self, answer: Answer, batch: Batch, _joint: nn.Module | None = None) -> Tensor:
-        targets = [batch.targets[field] for field in self.fields]
-        match self.mean_of:
-            case "probabilities":
-                log_p_BC = mean_of_probabilities(targets, self.temperature)
-            case "logits":
-                log_p_BC = geometric_mean(targets, self.temperature)
-            case "votes":
-                log_p_BC = majority_vote(targets)
-        return soft_label_loss(answer.logits_BC, log_p_BC, self.temperature)

@@ -76,7 +76,7 @@ def fit(
     device = torch.device(resolve_device(train.device))
     student.to(device)
     normalization = normalization or stream.data.normalize
-    with Taps(student, objective.nodes) as answer:
+    with objective.taps(student) as answer:
         objective.join(_shapes(answer, objective, stream, normalization, device), device)
         stepper = Stepper(student, objective.parameters(), train, len(stream), device)
         history = _resume(folder, run, student, objective, stepper, stream)
@@ -89,6 +89,7 @@ def fit(
                     said = answer(normalize(batch.views_BCHW, normalization))
                     loss, values = objective(said, batch, stepper.progress)
                 stepper.take(loss, batch.step)
+                objective.remember(batch)
                 sums.add({"loss": loss.detach(), **values}, len(batch))
                 waited += wait
             seconds = time.perf_counter() - started
@@ -109,13 +110,14 @@ def _shapes(
 ) -> Shapes:
     """Of one row: what the student's nodes put out for the data's first, and what the cache holds of a field."""
     fields = {field: stream.data.shape_of(field) for field in objective.fields}
-    if not objective.nodes:
+    if not objective.nodes and not objective.needs_inputs:
         return Shapes({}, fields)
     data, none = stream.data, np.empty(0, np.int64)
     views_BCHW = data.render(data.decode(data.alive[:1]), 0, none).views.pixels_BCHW.to(device)
     with torch.no_grad(), answer.evaluating():
         nodes = answer(normalize(views_BCHW, normalization)).nodes
-    return Shapes({node: tuple(value.shape[1:]) for node, value in nodes.items()}, fields)
+    shapes = {node: tuple(value.shape[1:]) for node, value in nodes.items()}
+    return Shapes(shapes, fields, tuple(views_BCHW.shape[1:]), normalization)
 
 
 def rehearse(
@@ -135,7 +137,7 @@ def rehearse(
     _check(objective, stream)
     normalization = normalization or stream.data.normalize
     batch = stream.peek()
-    with torch.random.fork_rng(devices=[]), torch.no_grad(), Taps(student, objective.nodes) as answer:
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), objective.taps(student) as answer:
         objective.join(_shapes(answer, objective, stream, normalization, torch.device("cpu")))
         said = answer(normalize(batch.views_BCHW, normalization))
         objective.each(said, batch)

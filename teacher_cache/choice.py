@@ -18,7 +18,7 @@ from teacher_cache.encodings.u8_channel import Ranges, channel_axis
 from teacher_cache.errors import SourceError, TeacherError
 from teacher_cache.loader import ViewLoader
 from teacher_cache.spec import HEAD_INPUT, Auto, FeatureHead, FieldSpec, U8Channel, is_logits
-from teacher_cache.teachers import Teacher, TorchTeacher, padded
+from teacher_cache.teachers import Teacher, TorchTeacher, ask_whole
 from teacher_cache.views.philox import view_words
 
 ROWS = 256
@@ -106,7 +106,7 @@ def sampled_answers(
             continue
         pixels = loader.views(decoded, 0).pixels_BCHW
         seen += len(pixels)
-        answers = teacher(padded(pixels, micro_batch))
+        answers = ask_whole(teacher, pixels, micro_batch)
         yield {name: value[: len(pixels)].float().cpu() for name, value in answers.items()}
     if not seen:
         raise SourceError("source", "has no sample that can be decoded among those sampled", len(rows), "Check it.")

@@ -19,7 +19,7 @@ from teacher_cache.extents import missing
 from teacher_cache.fingerprint import fingerprint, key_digests
 from teacher_cache.loader import ViewLoader
 from teacher_cache.manifest import Manifest, library_versions
-from teacher_cache.probe import ask, check_classes, halve_until_it_fits, out_of_memory
+from teacher_cache.probe import ask, check_classes, check_labels, halve_until_it_fits, out_of_memory
 from teacher_cache.sources import BrokenSample, Source, open_source, source_fingerprints
 from teacher_cache.spec import BuildSpec, ComputeSpec, EncodingSpec, FieldSpec, SampledK, StoreSpec, TopK
 from teacher_cache.storage.ragged import require_room
@@ -248,6 +248,7 @@ def _has_kl(encoding: EncodingSpec) -> bool:
 def probe(opened: Opened, view_shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
     """Runs one empty micro-batch through the teacher: the shape of one row of each field."""
     spec = opened.spec.teacher
+    check_labels(spec, opened.source, opened.recipe)
     shapes = ask(opened.teacher, spec, spec.micro_batch, view_shape)
     check_classes(spec, opened.source, shapes)
     return shapes

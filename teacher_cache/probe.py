@@ -6,8 +6,9 @@ import torch
 
 from teacher_cache.errors import TeacherError
 from teacher_cache.sources import Source
-from teacher_cache.spec import TeacherSpec, is_logits
-from teacher_cache.teachers import Teacher
+from teacher_cache.spec import TeacherSpec, is_logits, needs_label
+from teacher_cache.teachers import Teacher, ask_whole
+from teacher_cache.views import Recipe
 
 
 def ask(teacher: Teacher, spec: TeacherSpec, size: int, view_shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
@@ -17,7 +18,7 @@ def ask(teacher: Teacher, spec: TeacherSpec, size: int, view_shape: tuple[int, .
         TeacherError: the teacher fails; what to do differs where it is for want of memory.
     """
     try:
-        answer = teacher(torch.zeros((size, *view_shape), dtype=torch.uint8))
+        answer = ask_whole(teacher, torch.zeros((size, *view_shape), dtype=torch.uint8), size)
     except torch.OutOfMemoryError as error:
         raise out_of_memory(size, error) from error
     except (RuntimeError, ValueError) as error:
@@ -52,6 +53,18 @@ def out_of_memory(size: int, error: Exception) -> TeacherError:
     """Names the micro-batch that does not fit, and what may be done."""
     hint = "Free the device; or, in a new cache, lower teacher.micro_batch or set compute.on_oom: halve."
     return TeacherError("teacher.micro_batch", f"must fit into memory: {error}", size, hint)
+
+
+def check_labels(spec: TeacherSpec, source: Source, recipe: Recipe) -> None:
+    """Raises `TeacherError` where a field is made with labels and rows do not have one each."""
+    field = next(filter(needs_label, spec.fields), None)
+    if field is None:
+        return
+    where, hint = f"teacher.fields.{field}", "Leave it out, or use a labelled source and a recipe that does not mix."
+    if source.labels is None:
+        raise TeacherError(where, "needs labels: it is the gradient of the label's logit", "a source without", hint)
+    if recipe.mixing is not None:
+        raise TeacherError(where, "needs one label a row, and mixed views have two", "mixed views", hint)
 
 
 def check_classes(spec: TeacherSpec, source: Source, shapes: dict[str, tuple[int, ...]]) -> None:

@@ -32,7 +32,7 @@ from teacher_cache.spec import HEAD_INPUT, BuildSpec, is_logits
 from teacher_cache.storage import FileRecord, Store, open_store
 from teacher_cache.storage.root import Root
 from teacher_cache.tables import read_constants
-from teacher_cache.teachers import padded
+from teacher_cache.teachers import ask_whole
 from teacher_cache.views import How, Views
 from teacher_cache.views.philox import view_words
 
@@ -261,9 +261,10 @@ class _Shard:
         return views
 
     def _ask(self, rows: list[int], pixels_BCHW: Tensor) -> dict[str, Tensor]:
-        size = self.job.micro_batch
+        size, labels = self.job.micro_batch, self.job.opened.source.labels
+        labels_B = None if labels is None else torch.from_numpy(labels[rows])
         try:
-            outputs = self.job.opened.teacher(padded(pixels_BCHW, size))
+            outputs = ask_whole(self.job.opened.teacher, pixels_BCHW, size, labels_B)
         except TeacherCacheError:
             raise
         except torch.OutOfMemoryError as error:

@@ -247,6 +247,20 @@ def is_logits(field: str) -> bool:
     return base_of(field) == "logits"
 
 
+def nodes_of(field: str) -> tuple[str, ...]:
+    """The nodes of a model that a field is made of: two of `flow:<a>,<b>`, none of logits."""
+    kind, _, nodes = base_of(field).partition(":")
+    return tuple(nodes.split(",")) if kind == "flow" else (nodes,) if nodes else ()
+
+
+def needs_label(field: str) -> bool:
+    """Whether a field is made with the row's label: the gradient of that label's logit."""
+    return base_of(field) == "saliency"
+
+
+_NODES = {"logits": 0, "saliency": 0, "feature": 1, "attention": 1, "flow": 2}
+"""Kinds of fields, and how many nodes each is made of."""
+_UNPOOLED = {"attention": "map", "flow": "matrix", "saliency": "map of the input"}
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
@@ -301,20 +315,30 @@ class TeacherSpec(Strict):
     def _known_fields(cls, value: dict[str, FieldSpec]) -> dict[str, FieldSpec]:
         for name, field in value.items():
             base, at, label = name.partition("@")
-            kind, _, node = base.partition(":")
-            if base != "logits" and not (kind in ("feature", "attention") and node):
-                raise ValueError(f"field {name!r} is none of `logits`, `feature:<node>` and `attention:<node>`")
+            kind, colon, _ = base.partition(":")
+            nodes = nodes_of(base)
+            if len(nodes) != _NODES.get(kind, -1) or not all(nodes) or bool(colon) != bool(nodes):
+                known = "`logits`, `feature:<node>`, `attention:<node>`, `flow:<a>,<b>` and `saliency`"
+                raise ValueError(f"field {name!r} is none of {known}")
             if at and not _LABEL.fullmatch(label):
                 raise ValueError(f"field {name!r} needs a label of letters, digits, `_`, `.` and `-` behind its @")
             if at and field.encoding.kind in ("auto", "feature_head"):
                 raise ValueError(f"field {name!r} has a label: `{field.encoding.kind}` is for `logits` alone")
-            if kind == "attention" and field.pool != "none":
-                raise ValueError(f"field {name!r} is a map already: leave out `pool`")
+            if kind in _UNPOOLED and field.pool != "none":
+                raise ValueError(f"field {name!r} is a {_UNPOOLED[kind]} already: leave out `pool`")
+            if kind == "saliency" and field.encoding.kind == "u8_channel":
+                raise ValueError("`u8_channel` spends its levels on the few large numbers of a gradient: use dense_f16")
             if base != "logits" and field.encoding.kind in LOGITS_ONLY:
                 raise ValueError(f"`{field.encoding.kind}` keeps logits only, and {name!r} is a feature")
             if base == "logits" and field.encoding.kind == "u8_channel":
                 raise ValueError("`u8_channel` keeps features only: use dense_u8 for logits")
         return value
+
+    @model_validator(mode="after")
+    def _differentiable(self) -> TeacherSpec:
+        if self.precision == "fp16" and any(map(needs_label, self.fields)):
+            raise ValueError("`saliency` needs precision fp32 or bf16: small gradients vanish in fp16")
+        return self
 
 
 class StoreSpec(Strict):

@@ -147,6 +147,16 @@ def test_a_micro_batch_that_is_only_a_default_must_be_right_too(url: str) -> Non
         open_http_teacher(TeacherSpec(model=url, api_key=KEY))
 
 
+@pytest.mark.parametrize(
+    ("field", "reason"), [("flow:conv,relu", "commas between them"), ("saliency@small", "requests bring no labels")]
+)
+def test_fields_that_no_request_can_ask_for_are_not_served(field: str, reason: str, folder: Path, url: str) -> None:
+    with pytest.raises(TeacherError, match=rf"teacher\.fields\.{field}: cannot be served: .*{reason}"):
+        open_served(colour_spec(folder, "unused", fields=["logits", field]))
+    with pytest.raises(TeacherError, match=rf"{field}: must be offered by the service"):
+        load_teacher(remote(url, fields=["logits", field]), None)
+
+
 def test_the_recipes_normalisation_must_be_the_services() -> None:
     ours = NormalizeSpec(mean=(0.5,), std=(0.25,))
     served = replace(toy_served(open_gate(ToyTeacher())), normalize=ours)

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -16,6 +17,7 @@ from toy_models import SmallNet
 from teacher_cache.errors import SpecError, TeacherError
 from teacher_cache.spec import NormalizeSpec, TeacherSpec
 from teacher_cache.teachers import Teacher, load_teacher, resolve_device
+from teacher_cache.teachers.node_fields import to_one_size
 from teacher_cache.teachers.weights import state_digest
 
 SMALL = "toy_models:SmallNet"
@@ -187,11 +189,42 @@ class TestFields:
         tokens = loaded("timm:test_vit", fields=["feature:blocks.0", "attention:blocks.0"])(views(2, 3, 160))
         assert torch.allclose(tokens["attention:blocks.0"], tokens["feature:blocks.0"].square().mean(-1), atol=1e-5)
 
+    def test_flow_is_the_inner_products_of_two_maps(self) -> None:
+        """Against NumPy: the larger map is brought to the smaller's size by the maxima of its windows."""
+        model = "toy_models:Stages"
+        fields = ["feature:first", "feature:second", "flow:first,second", "flow:second,first@b", "flow:first,first"]
+        found = {name: value.numpy() for name, value in loaded(model, fields=fields)(views()).items()}
+        first, second = found["feature:first"].astype(np.float64), found["feature:second"].astype(np.float64)
+        shrunk = first.reshape(3, 3, 4, 2, 4, 2).max((3, 5))
+        flow = np.einsum("bmhw,bnhw->bmn", shrunk, second) / 16
+        np.testing.assert_allclose(found["flow:first,second"], flow, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(found["flow:second,first@b"], flow.transpose(0, 2, 1), rtol=1e-5, atol=1e-6)
+        whole = np.einsum("bmhw,bnhw->bmn", first, first) / 64
+        np.testing.assert_allclose(found["flow:first,first"], whole, rtol=1e-5, atol=1e-6)
+
+    def test_windows_of_maps_that_do_not_divide(self) -> None:
+        """As FORMAT.md says, and each of height and width to the smaller of both."""
+        tall, wide = torch.rand(2, 3, 7, 2), torch.rand(2, 4, 3, 5)
+        one, other = to_one_size(tall, wide)
+        assert (one.shape, other.shape) == ((2, 3, 3, 2), (2, 4, 3, 2))
+        for place in range(3):
+            window = tall[:, :, place * 7 // 3 : -(-(place + 1) * 7 // 3)]
+            assert torch.equal(one[:, :, place], window.amax(2))
+        assert torch.equal(other[..., 1], wide[..., 2:5].amax(3))
+
+    def test_a_flow_needs_two_maps(self) -> None:
+        with pytest.raises(TeacherError, match=r"flow:conv,head: needs two maps \[C, H, W\] \(found: \(10,\)\)"):
+            loaded(fields=["flow:conv,head"])(views())
+        with pytest.raises(TeacherError, match=r"flow:conv,layer9: names no node \(found: layer9\)"):
+            loaded(fields=["flow:conv,layer9"])
+
     def test_a_map_is_not_pooled(self) -> None:
         with pytest.raises(ValidationError, match="is a map already"):
             TeacherSpec.model_validate({"model": SMALL, "fields": {"attention:conv": {"pool": "mean"}}})
-        with pytest.raises(ValidationError, match="none of `logits`"):
-            TeacherSpec.model_validate({"model": SMALL, "fields": ["saliency"]})
+        with pytest.raises(ValidationError, match="is a matrix already"):
+            TeacherSpec.model_validate({"model": SMALL, "fields": {"flow:conv,norm": {"pool": "mean"}}})
+        with pytest.raises(ValidationError, match="is a map of the input already"):
+            TeacherSpec.model_validate({"model": SMALL, "fields": {"saliency": {"pool": "mean"}}})
 
     def test_answers_own_their_memory(self) -> None:
         """A second call does not change what the first gave."""
@@ -216,7 +249,10 @@ class TestFields:
         with pytest.raises(TeacherError, match=r"one tensor.*tuple"):
             loaded("toy_models:AnswersTuple")(views())
 
-    @pytest.mark.parametrize("field", ["logit", "feature:", "attention:", "saliency:x"])
+    @pytest.mark.parametrize(
+        "field",
+        ["logit", "logits:", "logits:x", "feature:", "attention:", "saliency:x", "flow:a", "flow:a,", "flow:a,b,c"],
+    )
     def test_unknown_fields(self, field: str) -> None:
         with pytest.raises(ValueError, match="none of `logits`"):
             TeacherSpec.model_validate({"model": SMALL, "fields": [field]})

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from toy_builds import toy_spec
+from toy_students import Net, images, seeded
 
 import teacher_cache as tc
 from student_train import (
@@ -21,14 +22,19 @@ from student_train import (
     DKD,
     KD,
     NKD,
+    SEED,
     Answer,
     AttentionTransfer,
     CrossEntropy,
     EnsembleKD,
     Feature,
+    Flow,
+    HeadsKD,
+    LearnedTemperatureKD,
     LogitMSE,
     Objective,
     Relations,
+    Saliency,
     Schedule,
     SimilarityPreserving,
     Taps,
@@ -54,21 +60,6 @@ FIELDS = {
 }
 
 
-class Net(nn.Module):
-    """8×8 images to 10 logits; `maps` has 3 channels of 8×8, and what follows it overwrites its output."""
-
-    def __init__(self, batch_norm: bool = False) -> None:
-        super().__init__()
-        self.maps = nn.Conv2d(1, 3, 3, padding=1)
-        self.norm = nn.BatchNorm2d(3) if batch_norm else nn.Identity()
-        self.act = nn.ReLU(inplace=True)
-        self.head = nn.Linear(3 * 64, 10)
-        self.idle = nn.Linear(1, 1)
-
-    def forward(self, images_BCHW: Tensor) -> Tensor:
-        return self.head(self.act(self.norm(self.maps(images_BCHW))).flatten(1))
-
-
 @pytest.fixture(scope="module")
 def cache(arrays: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Logits, maps, means and attention of the toy teacher."""
@@ -81,15 +72,6 @@ def cache(arrays: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def batch(cache: Path) -> Batch:
     """All rows of one view."""
     return next(iter(ViewStream(tc.open(cache), batch_size=27, fields=tuple(FIELDS))))
-
-
-def seeded(module: type[nn.Module], *arguments: Any) -> Any:
-    torch.manual_seed(3)
-    return module(*arguments)
-
-
-def images(batch: Batch) -> Tensor:
-    return batch.views_BCHW.float() / 255
 
 
 FEATURE_TERMS: dict[str, Term] = {
@@ -326,10 +308,18 @@ CONFIGURED: list[tuple[dict[str, Any], Term]] = [
     ({"kind": "dist", "rows_weight": 2}, DIST(rows_weight=2.0)),
     ({"kind": "dkd", "others_weight": 2}, DKD(others_weight=2.0)),
     ({"kind": "nkd", "temperature": 2}, NKD(temperature=2.0)),
+    ({"kind": "ctkd", "rise": 0.2, "start": 0}, LearnedTemperatureKD(rise=0.2, start=0.0)),
     ({"kind": "ensemble_kd", "fields": ["logits", "b/logits"]}, EnsembleKD(("logits", "b/logits"))),
+    (
+        {"kind": "heads_kd", "node": "a", "fields": ["logits", "b/logits"], "temperature": 2},
+        HeadsKD("a", ("logits", "b/logits"), temperature=2.0),
+    ),
     ({"kind": "feature", "node": "a", "field": "b", "distance": "mae"}, Feature("a", "b", distance="mae")),
     ({"kind": "attention", "node": "a", "field": "b", "weight": 15.6}, AttentionTransfer("a", "b", 15.6)),
     ({"kind": "relations", "node": "a", "field": "b", "angle_weight": 0}, Relations("a", "b", angle_weight=0.0)),
+    ({"kind": "flow", "nodes": ["a", "b"], "field": "c"}, Flow(("a", "b"), "c")),
+    ({"kind": "saliency", "field": "b/saliency", "weight": 2}, Saliency(2.0, "b/saliency")),
+    ({"kind": "seed", "node": "a", "field": "b", "queue": 9}, SEED("a", "b", queue=9)),
     ({"kind": "similarity", "node": "a", "field": "b", "weight": 3000}, SimilarityPreserving("a", "b", 3000.0)),
 ]
 
@@ -339,10 +329,10 @@ def test_every_term_can_be_configured() -> None:
     described = {"terms": [body for body, _ in CONFIGURED]}
     assert open_objective(parse(OneTerm, described, "test").terms).terms == tuple(term for _, term in CONFIGURED)
     for body, term in CONFIGURED:
-        needed = {name: body[name] for name in ("kind", "node", "field", "fields") if name in body}
+        needed = {name: body[name] for name in ("kind", "node", "nodes", "field", "fields") if name in body}
         (bare,) = open_objective(parse(OneTerm, {"terms": [needed]}, "test").terms).terms
         assert bare == type(term)(
-            **{name: getattr(term, name) for name in ("node", "field", "fields") if name in needed}
+            **{name: getattr(term, name) for name in ("node", "nodes", "field", "fields") if name in needed}
         )
 
 
@@ -352,6 +342,15 @@ def test_every_term_can_be_configured() -> None:
         {"kind": "kd", "weight": 0},
         {"kind": "kd", "weight": [[0, 0]]},
         {"kind": "dkd", "temperature": 0},
+        {"kind": "ctkd", "rise": 0},
+        {"kind": "flow", "nodes": ["a"], "field": "flow:a,b"},
+        {"kind": "saliency", "node": "a"},
+        {"kind": "heads_kd", "node": "a", "fields": ["logits", "logits"]},
+        {"kind": "heads_kd", "fields": ["logits", "b/logits"]},
+        {"kind": "seed", "node": "a", "field": "b", "queue": 0},
+        {"kind": "seed", "node": "a", "field": "b", "teacher_temperature": 0},
+        {"kind": "ctkd", "start": 11},
+        {"kind": "ctkd", "temperature": 4},
         {"kind": "feature", "field": "b"},
         {"kind": "ensemble_kd", "fields": ["logits"]},
         {"kind": "ensemble_kd", "fields": ["a", "b"], "mean_of": "votes"},

@@ -18,7 +18,7 @@ from student_train.checkpoint import load_checkpoint, save_model
 from student_train.evaluate import accuracy
 from student_train.opening import open_data
 from student_train.recipes import FitSpec, StudentSpec
-from student_train.run import _run_fingerprint, evaluate_weights, train_one
+from student_train.run import _run_fingerprint, evaluate_weights, rehearse_one, train_one
 from student_train.students import open_student
 from teacher_cache.encodings import DenseTarget
 from teacher_cache.errors import CacheNotFoundError, MismatchError, NonFiniteError, SpecError
@@ -244,3 +244,32 @@ def test_a_run_of_an_earlier_release_goes_on(built: Path, arrays: Path, tmp_path
     }
     assert now["terms"][0] == {"kind": "kd", "weight": 1.0, "temperature": 2.0, "field": "logits"}
     assert set(later["train"]) - set(now["train"]) == {"ema", "warmup"}
+
+
+def test_terms_that_keep_something_are_configured_and_go_on(arrays: Path, tmp_path: Path) -> None:
+    """A temperature, projections, a queue and a second backward pass, beside each other in one run."""
+    fields = {"logits": None, "feature:second": {"pool": "mean"}, "flow:first,second": None, "saliency": None}
+    tc.build(toy_spec(tmp_path / "cache", arrays, teacher__model="toy_models:Stages", teacher__fields=fields), "serial")
+    objective = [
+        {"kind": "ctkd", "rise": 0.5},
+        {"kind": "flow", "nodes": ["first", "second"], "field": "flow:first,second"},
+        {"kind": "seed", "node": "second", "field": "feature:second", "queue": 40},
+        {"kind": "saliency", "weight": [[0, 0], [0.3, 0], [0.3, 1]]},
+    ]
+    student = {"model": "toy_models:Stages", "arguments": {"widths": [2, 4]}}
+    spec = fit_spec(tmp_path / "whole", tmp_path / "cache", arrays, objective=objective, student=student)
+    opened = open_data(spec)
+    rehearse_one(spec, opened, spec.objective, 0)
+    whole = train_one(spec, opened, spec.objective, 0, tmp_path / "whole")
+    assert set(whole.history[-1]) >= {"ctkd", "flow", "seed", "saliency", "accuracy"}
+
+    def stop(_entry: dict[str, float]) -> None:
+        raise KeyboardInterrupt
+
+    for _ in range(TRAIN.epochs):
+        with pytest.raises(KeyboardInterrupt):
+            train_one(spec, opened, spec.objective, 0, tmp_path / "stopped", stop)
+    train_one(spec, opened, spec.objective, 0, tmp_path / "stopped")
+    a, b = (read_state_dict(str(tmp_path / name / "model.safetensors")) for name in ("whole", "stopped"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert {name.split(".")[0] for name in a} == {"first", "second", "head"}

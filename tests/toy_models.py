@@ -185,6 +185,22 @@ class SmallNet(nn.Module):
         return self.head(self.drop(self.relu(self.norm(self.conv(images_BCHW)))).mean((2, 3)))
 
 
+class Stages(nn.Module):
+    """Two stages: `first` puts out 3 channels of 8×8, `second` 5 of 4×4."""
+
+    def __init__(self, classes: int = 10, channels: int = 1, widths: tuple[int, int] = (3, 5)) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(11)
+            self.first = nn.Conv2d(channels, widths[0], 3, padding=1)
+            self.second = nn.Conv2d(widths[0], widths[1], 3, padding=1, stride=2)
+            self.head = nn.Linear(widths[1], classes)
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        second_BCHW = self.second(self.first(images_BCHW).relu()).relu()
+        return self.head(second_BCHW.mean((2, 3)))
+
+
 class Recurrent(nn.Module):
     """Its inner node gives a tuple."""
 

@@ -29,7 +29,7 @@ class FeatureQueue:
         Args:
             size: rows that it holds at most; 65,536 in the paper.
             width: D, numbers of a feature.
-            device: where its rows are kept, that of the student.
+            device: where its rows are kept before the first push, which takes them to where the features are.
 
         Raises:
             SpecError: one of both is below 1.
@@ -62,9 +62,9 @@ class FeatureQueue:
             rule = f"must be [B, {width}] as the queue's rows are"
             raise MismatchError("features", rule, tuple(rows_BD.shape), "Pool the features, or make another queue.")
         rows_BD = rows_BD[-size:]
-        places_B = (self._next + torch.arange(len(rows_BD), device=self._rows_KD.device)) % size
+        places_B = (self._next + torch.arange(len(rows_BD), device=rows_BD.device)) % size
         # Out of place: a loss whose backward pass is still to come keeps the rows as they were.
-        self._rows_KD = self._rows_KD.index_copy(0, places_B, rows_BD.to(self._rows_KD))
+        self._rows_KD = self._rows_KD.to(rows_BD.device).index_copy(0, places_B, rows_BD.to(self._rows_KD.dtype))
         self._next = (self._next + len(rows_BD)) % size
         self._filled = min(self._filled + len(rows_BD), size)
 

@@ -7,11 +7,34 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from teacher_cache.spec import needs_label
+
 
 def padded(views_BCHW: Tensor, micro_batch: int) -> Tensor:
     """Views filled up with black ones to a whole micro-batch: a teacher's last bit may depend on the batch's size."""
     filling = views_BCHW.new_zeros((micro_batch - len(views_BCHW), *views_BCHW.shape[1:]))
     return torch.cat([views_BCHW, filling])
+
+
+def ask_whole(
+    teacher: Teacher, views_BCHW: Tensor, micro_batch: int, labels_B: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Asks about a whole micro-batch, filled up where there are fewer views; the fillings are answered, too.
+
+    Args:
+        teacher: whom to ask.
+        views_BCHW: uint8, at most a micro-batch.
+        micro_batch: rows in one question.
+        labels_B: int64 class numbers, for fields that are made with them. Where planning looks at shapes, at speed
+            or at other fields, it need not know any: class 0 stands for them, as it does for fillings.
+    """
+    whole = padded(views_BCHW, micro_batch)
+    if not any(map(needs_label, teacher.fields)):
+        return teacher(whole)
+    filled_B = torch.zeros(micro_batch, dtype=torch.int64)
+    if labels_B is not None:
+        filled_B[: len(labels_B)] = labels_B
+    return teacher(whole, filled_B)
 
 
 class Teacher(Protocol):
@@ -37,5 +60,8 @@ class Teacher(Protocol):
     def threads(self) -> int | None:
         """Threads of the machine that it runs on; None where it runs here, on the build's own."""
 
-    def __call__(self, views_BCHW: Tensor) -> dict[str, Tensor]:
-        """uint8 [B, C, H, W] views to float32 [B, ...] values of each field, on the teacher's device."""
+    def __call__(self, views_BCHW: Tensor, labels_B: Tensor | None = None, /) -> dict[str, Tensor]:
+        """uint8 [B, C, H, W] views to float32 [B, ...] values of each field, on the teacher's device.
+
+        Labels are given where one of `fields` is made with them, and only there.
+        """

@@ -10,7 +10,18 @@ from torch import Tensor, nn
 
 from teacher_cache.errors import TeacherError
 from teacher_cache.fingerprint import fingerprint
-from teacher_cache.spec import HEAD_INPUT, FeatureHead, FieldSpec, NormalizeSpec, base_of
+from teacher_cache.spec import (
+    HEAD_INPUT,
+    FeatureHead,
+    FieldSpec,
+    NormalizeSpec,
+    base_of,
+    is_logits,
+    needs_label,
+    nodes_of,
+)
+from teacher_cache.teachers.node_fields import field_value, pooled
+from teacher_cache.teachers.saliency import saliency
 from teacher_cache.views import normalize
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -35,7 +46,8 @@ class TorchTeacher:
         Args:
             module: images float [B, C, H, W] to logits [B, K]; in whatever mode it is left.
             identity: what names the module (reference, arguments, digest of the weights).
-            fields: `logits`, `feature:<node>` with its pooling, `attention:<node>`; each may have an `@label`.
+            fields: `logits`, `feature:<node>` with its pooling, `attention:<node>`, `flow:<a>,<b>`, `saliency`; each
+                may have an `@label`.
             normalize: applied to views scaled to 0..1.
             precision: `fp32`, or autocast to `bf16` or `fp16`.
             channels_last: memory format of weights and inputs.
@@ -48,8 +60,8 @@ class TorchTeacher:
         self._normalize, self.precision, self._device = normalize, precision, torch.device(device)
         self._fields = dict(fields)
         self._tapped: dict[str, Tensor] = {}
-        for name in sorted({base_of(field) for field in self._fields} - {"logits"}):
-            self._tap(name)
+        for node in sorted({node for field in self._fields for node in nodes_of(field)}):
+            self._tap(node, base_of(next(field for field in self._fields if node in nodes_of(field))))
         wanted = self._fields["logits"].encoding if "logits" in self._fields else None
         self.head = self._tap_head(wanted) if isinstance(wanted, FeatureHead) else None
         """The linear layer whose inputs are answered as `HEAD_INPUT`, where its encoding asks for them."""
@@ -79,8 +91,8 @@ class TorchTeacher:
         """The names of the fields, in the configuration's order."""
         return tuple(self._fields)
 
-    def _tap(self, name: str) -> None:
-        _, _, node = name.partition(":")
+    def _tap(self, node: str, name: str) -> None:
+        """Keeps what a node puts out; `name` is a field that is made of it, for messages."""
         try:
             inner = self._module.get_submodule(node)
         except AttributeError:
@@ -91,11 +103,11 @@ class TorchTeacher:
             if not isinstance(output, Tensor):
                 rule = "must be a node whose output is one tensor"
                 raise TeacherError(f"teacher.fields.{name}", rule, type(output).__name__, "Choose another node.")
-            if name in self._tapped:
+            if node in self._tapped:
                 hint = "Choose the module that holds it, or one that runs once."
                 raise TeacherError(f"teacher.fields.{name}", "runs more than once in a forward pass", node, hint)
             # A copy: an in-place ReLU that follows would overwrite the tapped tensor.
-            self._tapped[name] = output.detach().clone()
+            self._tapped[node] = output.detach().clone()
 
         inner.register_forward_hook(keep)
 
@@ -115,40 +127,37 @@ class TorchTeacher:
         return name, linear[name]
 
     @torch.inference_mode()
-    def __call__(self, views_BCHW: Tensor) -> dict[str, Tensor]:
+    def __call__(self, views_BCHW: Tensor, labels_B: Tensor | None = None) -> dict[str, Tensor]:
         """uint8 views to float32 fields. Copies to and from the device are the only transfers."""
         inputs = normalize(views_BCHW.to(self._device), self._normalize).contiguous(memory_format=self._format)
+        logits = self._logits(inputs)
+        outputs = dict(self._tapped)
+        if labelled := next((name for name in self._fields if needs_label(name)), None):
+            if labels_B is None:
+                hint = "Give the views' labels beside them."
+                raise TeacherError(f"teacher.fields.{labelled}", "needs labels", None, hint)
+            # A forward pass of its own: what is asked for beside must not move the last bit of a logit.
+            outputs["saliency"] = saliency(self._logits, inputs, labels_B, self._normalize)
+        self._tapped.clear()
+        missing = [(name, node) for name in self._fields for node in nodes_of(name) if node not in outputs]
+        if missing:
+            name, node = missing[0]
+            hint = "The node is not used in a forward pass; choose another."
+            raise TeacherError(f"teacher.fields.{name}", "was never computed", node, hint)
+        answer = {
+            name: pooled(logits, field) if is_logits(name) else field_value(base_of(name), field, outputs)
+            for name, field in self._fields.items()
+        }
+        return {**answer, HEAD_INPUT: outputs[HEAD_INPUT].float()} if self.head is not None else answer
+
+    def _logits(self, inputs_BCHW: Tensor) -> Tensor:
+        """One forward pass, which leaves the outputs of the tapped nodes behind."""
         self._tapped.clear()
         autocast = self.precision in _AUTOCAST
         dtype = _AUTOCAST.get(self.precision, torch.bfloat16)
         with torch.autocast(self._device.type, dtype=dtype, enabled=autocast):
-            logits = self._module(inputs)
+            logits = self._module(inputs_BCHW)
         if not isinstance(logits, Tensor):
             hint = "Wrap it in a module whose forward returns the logits."
             raise TeacherError("teacher.model", "must answer one tensor", type(logits).__name__, hint)
-        outputs = {**self._tapped, "logits": logits}
-        self._tapped.clear()
-        missing = [name for name in self._fields if base_of(name) not in outputs]
-        if missing:
-            hint = "The node is not used in a forward pass; choose another."
-            raise TeacherError(f"teacher.fields.{missing[0]}", "was never computed", missing[0], hint)
-        answer = {
-            name: _attention(value) if name.startswith("attention:") else _pooled(value, field)
-            for name, field, value in ((name, field, outputs[base_of(name)]) for name, field in self._fields.items())
-        }
-        return {**answer, HEAD_INPUT: outputs[HEAD_INPUT].float()} if self.head is not None else answer
-
-
-def _attention(value: Tensor) -> Tensor:
-    """Where a node looks: the mean over channels of the squares, [B, C, H, W] to [B, H, W], [B, N, D] to [B, N].
-
-    Zagoruyko and Komodakis, "Paying more attention to attention", 2017, equation 2 with p = 2; raw, so that a loss
-    normalises it as it likes.
-    """
-    channels = 1 if value.ndim == 4 else -1
-    return value.float().square().mean(channels)
-
-
-def _pooled(value: Tensor, field: FieldSpec) -> Tensor:
-    value = value.float()
-    return value.flatten(2).mean(2) if field.pool == "mean" and value.ndim > 2 else value
+        return logits
