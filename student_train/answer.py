@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -31,18 +31,22 @@ class Taps:
     The student stays the plain module that it is: its weights and their names are what a checkpoint keeps.
     """
 
-    def __init__(self, student: nn.Module, nodes: Sequence[str], inputs: bool = False) -> None:
+    def __init__(
+        self, student: nn.Module, nodes: Sequence[str], inputs: bool = False, *, compiled: bool = False
+    ) -> None:
         """Listens to some of its modules.
 
         Args:
             student: images to logits.
             nodes: names as `named_modules` has them.
             inputs: whether answers keep what was shown, to be differentiated at.
+            compiled: whether `torch.compile` makes the forward pass; the student itself is not changed by that.
 
         Raises:
             SpecError: the student has no such module.
         """
         self._student, self._nodes, self._inputs = student, tuple(nodes), inputs
+        self._run: Callable[[Tensor], object] = _compiled(student) if compiled else student
         self._kept: dict[str, Tensor] = {}
         self._listening = False
         self._handles: list[RemovableHandle] = []
@@ -78,7 +82,7 @@ class Taps:
             images_BCHW = images_BCHW.detach().requires_grad_()
         try:
             with torch.set_grad_enabled(self._inputs or torch.is_grad_enabled()):
-                logits_BC: object = self._student(images_BCHW)
+                logits_BC: object = self._run(images_BCHW)
         finally:
             self._listening = False
         if not isinstance(logits_BC, Tensor):
@@ -95,12 +99,15 @@ class Taps:
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """With the student in evaluation mode, and then as it was: a look at it must not count as training."""
-        before = self._student.training
+        before, run = self._student.training, self._run
         self._student.eval()
+        # A single look is not worth compiling a second mode for.
+        self._run = self._student
         try:
             yield
         finally:
             self._student.train(before)
+            self._run = run
 
     def close(self) -> None:
         """Listens no longer."""
@@ -112,3 +119,9 @@ class Taps:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _compiled(student: nn.Module) -> Callable[[Tensor], object]:
+    # Compiled code is kept by class, and does not ask whether a module is listened to: another run's may be deaf.
+    torch.compiler.reset()
+    return torch.compile(student)

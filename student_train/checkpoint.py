@@ -35,6 +35,8 @@ class Checkpoint:
     scaler: dict[str, Any] = field(default_factory=dict)
     average: dict[str, Any] = field(default_factory=dict)
     """The running average of the weights, where one is kept."""
+    cuda_generator: torch.Tensor | None = None
+    """The GPU's generator, where one was trained on."""
     objective: dict[str, Any] = field(default_factory=dict)
     """What is trained beside the student."""
 

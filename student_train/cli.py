@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Annotated, NoReturn
@@ -14,6 +16,7 @@ from teacher_cache.spec import parse, read_yaml
 
 if TYPE_CHECKING:
     from student_train.comparison import Comparison
+    from student_train.together import World
 
 app = typer.Typer(
     help="Train small students from cached soft targets, with no teacher in memory.",
@@ -39,10 +42,11 @@ def fit(config: Config, set_: Set = None, json: Json = False) -> None:
     from student_train.opening import open_data
     from student_train.recipes import FitSpec
     from student_train.run import train_one
+    from student_train.together import joining
 
     spec = parse(FitSpec, read_yaml(config, set_ or ()), str(config))
     folder = Path(spec.run)
-    with console.progress_bar("fit", "epochs") as progress:
+    with joining(spec.train.device) as together, _progress(together, "fit") as progress:
         opened = open_data(spec)
 
         built = 0
@@ -53,6 +57,8 @@ def fit(config: Config, set_: Set = None, json: Json = False) -> None:
             progress(int(entry["epoch"]), spec.train.epochs, built)
 
         result = train_one(spec, opened, spec.objective, spec.seed, folder, log)
+    if not together.first:
+        return
     last = result.history[-1]
     if json:
         console.print_json({"run": str(folder), **last})
@@ -66,10 +72,11 @@ def compare(config: Config, set_: Set = None, json: Json = False) -> None:
     """Train every arm with paired seeds, and say whether the differences mean anything."""
     from student_train.compare import compare as run_compare
     from student_train.recipes import CompareSpec
+    from student_train.together import joining
 
     spec = parse(CompareSpec, read_yaml(config, set_ or ()), str(config))
     epochs = len(spec.arms) * len(spec.seeds) * spec.train.epochs
-    with console.progress_bar("compare", "epochs") as progress:
+    with joining(spec.train.device) as together, _progress(together, "compare") as progress:
         done = 0
 
         def count(arm: str, seed: int, entry: dict[str, float]) -> None:
@@ -78,11 +85,18 @@ def compare(config: Config, set_: Set = None, json: Json = False) -> None:
             progress(done, epochs, done)
 
         comparison = run_compare(spec, count)
+    if not together.first:
+        return
     if json:
         console.print_json(comparison.to_json())
         return
     _show(comparison)
     console.out.print(f"picture: {Path(spec.run) / 'result.png'}    for machines: {Path(spec.run) / 'result.json'}")
+
+
+def _progress(together: World, title: str) -> AbstractContextManager[Callable[[int, int, int], None]]:
+    """One bar for all processes."""
+    return console.progress_bar(title, "epochs") if together.first else nullcontext(lambda *_: None)
 
 
 def _show(comparison: Comparison) -> None:

@@ -11,6 +11,7 @@ from student_train.comparison_plot import picture
 from student_train.opening import Opened, open_data
 from student_train.recipes import ArmSpec, CompareSpec, RunSpec
 from student_train.run import rehearse_one, train_one
+from student_train.together import world
 from teacher_cache.storage import write_atomic
 
 Progress = Callable[[str, int, dict[str, float]], None]
@@ -40,8 +41,9 @@ def compare(spec: CompareSpec, progress: Progress | None = None) -> Comparison:
             result = train_one(run, opened[arm], spec.arms[arm].objective, seed, folder, log)
             history[arm].append(result.history)
     comparison = Comparison(history, spec)
-    write_atomic(Path(spec.run), "result.json", json.dumps(comparison.to_json(), allow_nan=False).encode())
-    write_atomic(Path(spec.run), "result.png", picture(comparison))
+    if world().first:
+        write_atomic(Path(spec.run), "result.json", json.dumps(comparison.to_json(), allow_nan=False).encode())
+        write_atomic(Path(spec.run), "result.png", picture(comparison))
     return comparison
 
 

@@ -131,9 +131,9 @@ class Objective:
         """Whether some term differentiates at the student's input: what `Taps` must keep."""
         return any(term.needs_inputs for term in self.terms)
 
-    def taps(self, student: nn.Module) -> Taps:
+    def taps(self, student: nn.Module, *, compiled: bool = False) -> Taps:
         """Listens to all that its terms read of a student."""
-        return Taps(student, self.nodes, self.needs_inputs)
+        return Taps(student, self.nodes, self.needs_inputs, compiled=compiled)
 
     def join(self, shapes: Shapes, device: torch.device | str = "cpu") -> None:
         """Builds what is trained beside the student; drawn from torch's global generator.
@@ -144,10 +144,20 @@ class Objective:
         joints = {name: term.joint(shapes) for name, term in zip(self._names, self.terms, strict=True)}
         self._joints = {name: None if joint is None else joint.to(device) for name, joint in joints.items()}
 
+    @property
+    def joints(self) -> list[nn.Module]:
+        """What is trained or kept beside the student, and no part of it."""
+        return [joint for joint in (self._joints or {}).values() if joint is not None]
+
+    @property
+    def always(self) -> bool:
+        """Whether every joint has a part in every step."""
+        return not self.joints or not any(isinstance(term.weight, Schedule) for term in self.terms)
+
     def parameters(self) -> Iterator[nn.Parameter]:
         """Of all joints; none of them is part of the student."""
-        for joint in (self._joints or {}).values():
-            yield from () if joint is None else joint.parameters()
+        for joint in self.joints:
+            yield from joint.parameters()
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
         """Of all joints, by term."""

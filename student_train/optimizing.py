@@ -120,6 +120,10 @@ class Stepper:
         """The student with the running average of its weights, where one is kept; itself where not."""
         return self._student if self._average is None else self._average.module
 
+    def cuda_generator(self) -> Tensor | None:
+        """Where the GPU's random numbers are, if one is trained on."""
+        return torch.cuda.get_rng_state(self._device) if self._device.type == "cuda" else None
+
     def state_dict(self) -> dict[str, Any]:
         """Everything that decides the next steps, besides the student's weights."""
         return {

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from student_train.term_specs import ObjectiveSpec
+from student_train.view_order import ViewOrder
 from teacher_cache.proof import Tolerance
 from teacher_cache.spec import NormalizeSpec, SourceSpec, Strict, ViewSpec
 
@@ -58,11 +59,16 @@ class TrainSpec(Strict):
     ema: float | None = Field(
         default=None, gt=0, lt=1, description="share that a running average of the weights keeps at each step"
     )
+    compile: bool = Field(default=False, description="the student's forward pass by torch.compile")
+    deterministic: bool = Field(default=False, description="refuse operations that give other bits on every run")
     drop_last: bool = True
     check_views: int | None = Field(
         default=None, ge=0, description="views of each batch that are proven, where they are the teacher's"
     )
     views_per_decode: int = Field(default=1, gt=0, description="views of one row in a batch, from one decoding")
+    view_order: ViewOrder = Field(
+        default="epoch", description="all rows show the same view, or each goes through them: `cycle`, `random`"
+    )
     workers: int = Field(default=0, ge=0, description="processes that prepare batches")
     threads: int | None = Field(default=None, gt=0, description="torch threads; tiny students run fastest with 1")
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -147,6 +153,7 @@ class RunSpec(Strict):
     student: StudentSpec
     normalize: NormalizeSpec | None = Field(default=None, description="the recipe's `normalize` where not given")
     train: TrainSpec
+    tensorboard: bool = Field(default=False, description="metrics also for TensorBoard, below `run`")
     evaluate: EvaluateSpec
     validation: ValidationSpec | None = Field(
         default=None, description="measured after every epoch; the evaluation data is then measured after the last one"

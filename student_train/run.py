@@ -12,6 +12,7 @@ import torch
 from pydantic.fields import FieldInfo
 from torch import nn
 
+from student_train.board import write_board
 from student_train.checkpoint import save_model
 from student_train.evaluate import Measured, accuracy, measure
 from student_train.opening import Opened, open_data
@@ -19,6 +20,7 @@ from student_train.recipes import RunSpec, TrainSpec
 from student_train.stream import ViewStream
 from student_train.students import open_student
 from student_train.term_specs import TermSpec, open_objective
+from student_train.together import world
 from student_train.train import FitResult, Log, fit, rehearse
 from teacher_cache.errors import SpecError
 from teacher_cache.fingerprint import fingerprint
@@ -55,10 +57,18 @@ def train_one(
             evaluate=partial(_evaluate, spec, opened, normalization, device),
             folder=folder,
             run=_run_fingerprint(spec, opened, terms, seed),
-            log=log,
+            log=partial(_log, spec, folder, log),
         )
-    save_model(folder, student)
+    if world().first:
+        save_model(folder, student)
     return result
+
+
+def _log(spec: RunSpec, folder: Path, log: Log | None, entry: dict[str, float]) -> None:
+    if spec.tensorboard:
+        write_board(folder, entry)
+    if log is not None:
+        log(entry)
 
 
 def _evaluate(
@@ -89,7 +99,10 @@ def open_stream(spec: RunSpec, opened: Opened, terms: tuple[TermSpec, ...], seed
         drop_last=spec.train.drop_last,
         check_views=spec.train.check_views if opened.train.provable else None,
         views_per_decode=spec.train.views_per_decode,
+        view_order=spec.train.view_order,
         workers=spec.train.workers,
+        share=world().share,
+        pin_memory=resolve_device(spec.train.device) == "cuda",
     )
 
 
@@ -116,6 +129,7 @@ def _run_fingerprint(spec: RunSpec, opened: Opened, terms: tuple[TermSpec, ...],
     # Workers and the device decide no batch: a run may go on elsewhere.
     excluded: Any = {
         "run": True,
+        "tensorboard": True,
         "train": {"workers", "device"},
         "arms": True,
         "seeds": True,
@@ -133,7 +147,10 @@ def _run_fingerprint(spec: RunSpec, opened: Opened, terms: tuple[TermSpec, ...],
     return fingerprint("run", 1, {**body, "terms": told, "seed": seed})
 
 
-_LATER = {"milestones", "step_factor", "warmup", "clip_norm", "accumulate", "precision", "ema", "standardise"}
+_LATER = {
+    *("milestones", "step_factor", "warmup", "clip_norm", "accumulate", "precision", "ema", "standardise"),
+    *("compile", "deterministic", "view_order"),
+}
 """What runs of earlier releases could not be told: as long as it says nothing, such a run goes on."""
 
 

@@ -105,6 +105,11 @@ class ViewStream:
     def __iter__(self) -> Iterator[Batch]:
         return self.on("cpu")
 
+    @property
+    def share(self) -> Share:
+        """The part of every batch that it gives."""
+        return self._steps.share
+
     def on(self, device: torch.device | str) -> Iterator[Batch]:
         """What is left of the epoch, on a device: the next batch is copied there while the present one is used."""
         for batch in one_ahead(self._loader, torch.device(device)):

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from hashlib import blake2b
 
 import torch
 from torch import Tensor, distributed, nn
@@ -32,16 +33,14 @@ class World:
         """The part of every batch that is this process's."""
         return Share(self.rank, self.size)
 
-    def parallel(self, module: nn.Module, unused: bool) -> nn.Module:
+    def parallel(self, module: nn.Module, idle: bool) -> nn.Module:
         """The module whose gradients are the mean over all processes.
 
         Args:
             module: on its device.
-            unused: whether some parameters may have no gradient in some steps.
+            idle: whether some weights may have no gradient in some steps.
         """
-        if self.size == 1:
-            return module
-        return DistributedDataParallel(module, find_unused_parameters=unused)
+        return DistributedDataParallel(module, find_unused_parameters=idle)
 
     def summed(self, values: Mapping[str, tuple[Tensor, int]], device: torch.device) -> dict[str, tuple[float, float]]:
         """Pairs (sum, rows) by name, added over all processes; one exchange for all of them."""
@@ -52,13 +51,25 @@ class World:
             distributed.all_reduce(table)
         return {name: (total, rows) for name, (total, rows) in zip(names, table.tolist(), strict=True)}
 
-    def told(self, values: dict[str, float]) -> dict[str, float]:
+    def told(self, values: Mapping[str, float]) -> Mapping[str, float]:
         """What the first process found, in all of them; the others wait for it."""
         if self.size == 1:
             return values
         box = [values]
         distributed.broadcast_object_list(box, src=0)
         return box[0]
+
+    def reseed(self, seed: int, epoch: int) -> None:
+        """Other random numbers in each process, for what a student draws: the first one's are those of a run alone."""
+        if not self.first:
+            words = blake2b(f"{seed}/{epoch}/{self.rank}".encode(), digest_size=8).digest()
+            torch.manual_seed(int.from_bytes(words, "little") >> 1)
+
+    def share_buffers(self, student: nn.Module) -> None:
+        """The first process's buffers in all of them: each has kept running figures of its own rows."""
+        if self.size > 1:
+            for buffer in student.buffers():
+                distributed.broadcast(buffer, src=0)
 
     def wait(self) -> None:
         """Until all processes are here."""

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,11 +13,14 @@ from torch import nn
 
 from student_train.answer import Taps
 from student_train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from student_train.learner import Learner, deterministic, has_idle_parts
+from student_train.metrics import Means, TimeSplit
 from student_train.objective import Objective, Shapes
 from student_train.optimizing import Stepper
 from student_train.recipes import TrainSpec
-from student_train.stream import Batch, ViewStream
-from teacher_cache.errors import NonFiniteError, SpecError
+from student_train.stream import ViewStream
+from student_train.together import World, world
+from teacher_cache.errors import SpecError
 from teacher_cache.spec import NormalizeSpec
 from teacher_cache.storage import write_atomic
 from teacher_cache.teachers import resolve_device
@@ -34,7 +35,7 @@ class FitResult:
     """What a run leaves behind; the student itself is trained in place."""
 
     history: list[dict[str, float]]
-    """One entry an epoch: `epoch`, `loss`, each term's value, `lr`, `seconds`, `data_seconds`, `step_seconds`,
+    """One entry an epoch: `epoch`, `loss`, each term's value, `lr`, where the time went (`TimeSplit`),
     and what an evaluation found."""
 
 
@@ -51,6 +52,9 @@ def fit(
     log: Log | None = None,
 ) -> FitResult:
     """Trains a student, in place; where a running average of its weights is kept, it ends with that.
+
+    Where several processes have joined (`together.joining`), each calls this with the same student and a stream of
+    its own share; gradients are averaged over them, the first one evaluates, writes and logs, and all end alike.
 
     Args:
         student: images to logits.
@@ -69,40 +73,51 @@ def fit(
             has not.
         NonFiniteError: the loss became NaN or inf.
     """
-    _check(objective, stream)
+    together = world()
+    _check(objective, stream, together)
     if folder is not None and not run:
         hint = "Name what decides the result, for example by a fingerprint of the configuration."
         raise SpecError("run", "must name the run where checkpoints are kept", run, hint)
-    device = torch.device(resolve_device(train.device))
+    device, seed = torch.device(resolve_device(train.device)), torch.initial_seed()
     student.to(device)
     normalization = normalization or stream.data.normalize
-    with objective.taps(student) as answer:
+    with objective.taps(student, compiled=train.compile) as answer, deterministic(train.deterministic):
         objective.join(_shapes(answer, objective, stream, normalization, device), device)
+        learner = _parallel(together, Learner(student, answer, objective, normalization), objective, stream, device)
         stepper = Stepper(student, objective.parameters(), train, len(stream), device)
         history = _resume(folder, run, student, objective, stepper, stream)
         while stream.epoch < train.epochs:
             student.train()
-            sums, waited, started = _Sums(), 0.0, time.perf_counter()
-            for batch, wait in _timed(stream):
-                batch = batch.to(device)
+            together.reseed(seed, stream.epoch)
+            means, times = Means(), TimeSplit()
+            for batch in times.timed(stream.on(device)):
                 with stepper.autocast():
-                    said = answer(normalize(batch.views_BCHW, normalization))
-                    loss, values = objective(said, batch, stepper.progress)
+                    loss, values = learner(batch, stepper.progress)
                 stepper.take(loss, batch.step)
                 objective.remember(batch)
-                sums.add({"loss": loss.detach(), **values}, len(batch))
-                waited += wait
-            seconds = time.perf_counter() - started
-            entry: dict[str, float] = {"epoch": float(stream.epoch), **sums.means(), "lr": stepper.lr}
-            entry |= {"seconds": seconds, "data_seconds": waited, "step_seconds": seconds - waited}
+                means.add({"loss": loss.detach(), **values}, len(batch))
+            entry = {"epoch": float(stream.epoch), **means.read(together, device), "lr": stepper.lr, **times.read()}
             if evaluate is not None:
-                entry |= evaluate(stepper.averaged, stream.epoch)
+                entry |= together.told(evaluate(stepper.averaged, stream.epoch) if together.first else {})
             history.append(entry)
-            _keep(folder, run, student, objective, stepper, stream, history)
-            if log is not None:
+            if folder is not None and together.first:
+                _keep(folder, run, student, objective, stepper, stream, history)
+            if log is not None and together.first:
                 log(entry)
+        together.wait()
     student.load_state_dict(stepper.averaged.state_dict())
+    together.share_buffers(student)
     return FitResult(history)
+
+
+def _parallel(
+    together: World, learner: Learner, objective: Objective, stream: ViewStream, device: torch.device
+) -> nn.Module:
+    """With gradients averaged over the processes; who asks for those of idle weights, too, would wait for them."""
+    if together.size == 1:
+        return learner
+    idle = not objective.always or has_idle_parts(learner, stream.peek().to(device))
+    return together.parallel(learner, idle)
 
 
 def _shapes(
@@ -134,7 +149,7 @@ def rehearse(
     Raises:
         RequestError: fields, nodes, labels or targets are not what a term needs.
     """
-    _check(objective, stream)
+    _check(objective, stream, world())
     normalization = normalization or stream.data.normalize
     batch = stream.peek()
     with torch.random.fork_rng(devices=[]), torch.no_grad(), objective.taps(student) as answer:
@@ -143,7 +158,11 @@ def rehearse(
         objective.each(said, batch)
 
 
-def _check(objective: Objective, stream: ViewStream) -> None:
+def _check(objective: Objective, stream: ViewStream, together: World) -> None:
+    if stream.share != together.share:
+        hint = "Open the stream with share=world().share."
+        rule = f"must be {together.rank} of {together.size}, as this process is"
+        raise SpecError("stream.share", rule, f"{stream.share.rank} of {stream.share.of}", hint)
     if objective.needs_labels and stream.data.labels is None:
         hint = "Leave `cross_entropy` out, or use a labelled source."
         raise SpecError("objective", "reads labels, and the data has none", "no labels", hint)
@@ -151,35 +170,6 @@ def _check(objective: Objective, stream: ViewStream) -> None:
     if missing:
         hint = f"Open the stream with fields={objective.fields}."
         raise SpecError("stream.fields", f"must carry {missing[0]}", stream.fields, hint)
-
-
-def _timed(stream: ViewStream) -> Iterator[tuple[Batch, float]]:
-    """Each batch with the seconds that were spent waiting for it."""
-    batches, waiting = iter(stream), time.perf_counter()
-    for batch in batches:
-        yield batch, time.perf_counter() - waiting
-        waiting = time.perf_counter()
-
-
-class _Sums:
-    """Running means over rows, kept on the device: reading one every step would wait for the GPU."""
-
-    def __init__(self) -> None:
-        self._sums: dict[str, torch.Tensor] = {}
-        self._rows: dict[str, int] = {}
-        """Of each value its own: a term counts only in the rows for which it was computed."""
-
-    def add(self, values: dict[str, torch.Tensor], rows: int) -> None:
-        for name, value in values.items():
-            self._rows[name] = self._rows.get(name, 0) + rows
-            self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value * rows
-
-    def means(self) -> dict[str, float]:
-        means = {name: float(value) / self._rows[name] for name, value in self._sums.items()}
-        if not math.isfinite(means["loss"]):
-            hint = "Lower train.lr; the last checkpoint is from the epoch before."
-            raise NonFiniteError("loss", "must stay finite", means["loss"], hint)
-        return means
 
 
 def _resume(
@@ -192,12 +182,15 @@ def _resume(
     objective.load_state_dict(found.objective)
     stepper.load_state_dict(vars(found))
     stream.load_state_dict(found.stream)
-    torch.set_rng_state(found.generator)
+    if world().first:
+        torch.set_rng_state(found.generator)
+        if found.cuda_generator is not None and torch.cuda.is_available():
+            torch.cuda.set_rng_state(found.cuda_generator)
     return list(found.history)
 
 
 def _keep(
-    folder: Path | None,
+    folder: Path,
     run: str,
     student: nn.Module,
     objective: Objective,
@@ -205,10 +198,15 @@ def _keep(
     stream: ViewStream,
     history: list[dict[str, float]],
 ) -> None:
-    if folder is None:
-        return
     states = {"student": student.state_dict(), "objective": objective.state_dict(), "stream": stream.state_dict()}
-    checkpoint = Checkpoint(**states, **stepper.state_dict(), history=history, run=run, generator=torch.get_rng_state())
+    checkpoint = Checkpoint(
+        **states,
+        **stepper.state_dict(),
+        history=history,
+        run=run,
+        generator=torch.get_rng_state(),
+        cuda_generator=stepper.cuda_generator(),
+    )
     save_checkpoint(folder, checkpoint)
     lines = "".join(json.dumps(entry) + "\n" for entry in history)
     write_atomic(folder, "metrics.jsonl", lines.encode())
