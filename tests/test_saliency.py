@@ -18,7 +18,7 @@ import teacher_cache as tc
 from teacher_cache.cost import estimate
 from teacher_cache.errors import TeacherError
 from teacher_cache.spec import BuildSpec, NormalizeSpec, TeacherSpec
-from teacher_cache.teachers import Teacher, load_teacher
+from teacher_cache.teachers import Teacher, ask_whole, load_teacher
 from teacher_cache.teachers.saliency import at_pixels
 from teacher_cache.teachers.weights import state_digest
 
@@ -114,6 +114,15 @@ class Once(nn.Module):
         return NoDerivative.apply(images_BCHW.flatten(1)[:, :10])  # type: ignore[no-any-return, no-untyped-call]
 
 
+class Unrepeatable(SmallNet):
+    """What torch says in a forward pass of an operation that adds up in another order each time."""
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        if torch.are_deterministic_algorithms_enabled():
+            raise RuntimeError("does not have a deterministic implementation")
+        return super().forward(images_BCHW)
+
+
 class NoDerivative(torch.autograd.Function):
     @staticmethod
     def forward(_ctx: Any, value: Tensor) -> Tensor:
@@ -166,6 +175,30 @@ class TestFrozen:
         assert torch.allclose(exported, loaded()(views(), labels())["saliency"], atol=1e-6)
 
 
+class Asked:
+    """A teacher that notes what it was given."""
+
+    fingerprint, device, threads = "x", "cpu", None
+
+    def __init__(self, *fields: str) -> None:
+        self.fields, self.given = fields, list[tuple[Tensor, ...]]()
+
+    def __call__(self, *given: Tensor) -> dict[str, Tensor]:
+        self.given.append(given)
+        return {}
+
+
+def test_labels_are_given_where_a_field_is_made_with_them() -> None:
+    """Teachers of other packages need not take any; fillings have class 0, and so has what nobody knows."""
+    plain, labelled = Asked("logits", "feature:a"), Asked("logits", "saliency@b")
+    for known in (torch.tensor([4, 5, 6]), None):
+        ask_whole(plain, views(), 5, known)
+        ask_whole(labelled, views(), 5, known)
+    assert [len(given) for given in plain.given] == [1, 1]
+    assert all(given[0].shape == (5, 1, 8, 8) for given in (*plain.given, *labelled.given))
+    assert [given[1].tolist() for given in labelled.given] == [[4, 5, 6, 0, 0], [0, 0, 0, 0, 0]]
+
+
 class TestRefused:
     @pytest.mark.parametrize(
         ("model", "given", "message"),
@@ -176,6 +209,7 @@ class TestRefused:
             ("toy_models:Positions", labels(), r"needs one row of logits for each view \(found: \(8, 10\)\)"),
             ("test_saliency:Detached", labels(), "needs a model through which gradients flow"),
             ("test_saliency:Once", labels(), "cannot be computed: it has none"),
+            ("test_saliency:Unrepeatable", labels(), "cannot be computed: does not have a deterministic"),
         ],
     )
     def test_what_has_no_gradient(self, model: str, given: Tensor | None, message: str) -> None:

@@ -36,10 +36,10 @@ def saliency(
     with torch.inference_mode(False), torch.enable_grad(), _repeatable():
         # A copy that is no inference tensor, and a leaf.
         inputs_BCHW = inputs_BCHW.clone().requires_grad_()
-        logits_BK = logits_of(inputs_BCHW)
-        _require(logits_BK, labels_B)
-        own_B = logits_BK.gather(1, labels_B.to(logits_BK.device)[:, None])
         try:
+            logits_BK = logits_of(inputs_BCHW)
+            _require(logits_BK, labels_B)
+            own_B = logits_BK.gather(1, labels_B.to(logits_BK.device)[:, None])
             (gradient_BCHW,) = torch.autograd.grad(own_B.sum(), inputs_BCHW)
         except torch.OutOfMemoryError:
             raise
