@@ -7,6 +7,7 @@
 
 from student_train.answer import Answer, Taps
 from student_train.cached_rows import CachedRows, OwnViews
+from student_train.dataset import ViewDataset
 from student_train.ensemble_terms import EnsembleKD, HeadsKD
 from student_train.feature_terms import AttentionTransfer, Feature, Relations, SimilarityPreserving
 from student_train.flow_term import Flow
@@ -15,7 +16,7 @@ from student_train.objective import Objective
 from student_train.recipes import TrainSpec
 from student_train.saliency_term import Saliency
 from student_train.seed_term import SEED
-from student_train.stream import Batch, ViewStream
+from student_train.stream import Batch, Share, ViewStream
 from student_train.temperature_term import LearnedTemperatureKD
 from student_train.terms import DIST, DKD, KD, NKD, CrossEntropy, LogitMSE
 from student_train.train import FitResult, fit
@@ -45,9 +46,11 @@ __all__ = [
     "Relations",
     "Saliency",
     "Schedule",
+    "Share",
     "SimilarityPreserving",
     "Taps",
     "TrainSpec",
+    "ViewDataset",
     "ViewStream",
     "fit",
 ]

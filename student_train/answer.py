@@ -70,7 +70,7 @@ class Taps:
         """One forward pass.
 
         Raises:
-            SpecError: a tapped module did not run, or more than once.
+            SpecError: a tapped module did not run, or more than once; or the student answers more than logits.
         """
         self._kept.clear()
         self._listening = True
@@ -78,9 +78,12 @@ class Taps:
             images_BCHW = images_BCHW.detach().requires_grad_()
         try:
             with torch.set_grad_enabled(self._inputs or torch.is_grad_enabled()):
-                logits_BC: Tensor = self._student(images_BCHW)
+                logits_BC: object = self._student(images_BCHW)
         finally:
             self._listening = False
+        if not isinstance(logits_BC, Tensor):
+            hint = "Switch its other heads off (of some models `arguments: {aux_logits: false}`), or wrap it."
+            raise SpecError("student.model", "must answer one tensor", type(logits_BC).__name__, hint)
         silent = [node for node in self._nodes if node not in self._kept]
         if silent:
             hint = "It has no part in a forward pass: choose another."

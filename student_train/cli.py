@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import statistics
 import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from statistics import fmean, stdev
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 from teacher_cache import console
 from teacher_cache.spec import parse, read_yaml
+
+if TYPE_CHECKING:
+    from student_train.comparison import Comparison
 
 app = typer.Typer(
     help="Train small students from cached soft targets, with no teacher in memory.",
@@ -33,8 +36,9 @@ def main() -> NoReturn:
 @app.command()
 def fit(config: Config, set_: Set = None, json: Json = False) -> None:
     """Train one student; a run that was stopped goes on."""
+    from student_train.opening import open_data
     from student_train.recipes import FitSpec
-    from student_train.run import open_data, train_one
+    from student_train.run import train_one
 
     spec = parse(FitSpec, read_yaml(config, set_ or ()), str(config))
     folder = Path(spec.run)
@@ -77,16 +81,27 @@ def compare(config: Config, set_: Set = None, json: Json = False) -> None:
     if json:
         console.print_json(comparison.to_json())
         return
+    _show(comparison)
+    console.out.print(f"picture: {Path(spec.run) / 'result.png'}    for machines: {Path(spec.run) / 'result.json'}")
+
+
+def _show(comparison: Comparison) -> None:
+    from student_train.evaluate import MEASURES
+
     rows = []
-    for arm, values in comparison.accuracy.items():
-        mean = f"{statistics.fmean(values):.2%} ± {statistics.stdev(values):.2%}"
-        rows.append((arm, mean, f"{min(values):.2%} … {max(values):.2%}"))
-    title = f"accuracy after the last epoch, {len(spec.seeds)} seeds"
-    console.print_rows(title, ("arm", "mean ± std", "lowest … highest"), rows)
+    for arm in comparison.history:
+        columns = [(MEASURES[name].show, comparison.values(name, arm)) for name in comparison.measures]
+        rows.append((arm, *(f"{show(fmean(values))} ± {show(stdev(values))}" for show, values in columns)))
+    title = f"after the last epoch, {len(comparison.spec.seeds)} seeds: mean ± standard deviation"
+    console.print_rows(title, ("arm", *(MEASURES[name].title for name in comparison.measures)), rows)
     for item in comparison.differences:
+        measure = MEASURES[item.measure]
         verdict = "significant" if item.significant else "NOT significant"
-        interval = f"95 % interval {item.low:+.2%} … {item.high:+.2%}"
-        console.out.print(f"{item.arm} − {item.against}: {item.mean:+.2%} ({interval}, {verdict})")
+        mean, low, high = (measure.show_difference(value) for value in (item.mean, item.low, item.high))
+        what = "" if item.measure == "accuracy" else f", {measure.title}"
+        console.out.print(f"{item.arm} − {item.against}{what}: {mean} (95 % interval {low} … {high}, {verdict})")
+    if comparison.chosen is not None:
+        console.out.print(f"best on the held-out rows, by which to choose: {comparison.chosen}")
 
 
 @app.command()
@@ -97,15 +112,17 @@ def evaluate(
     json: Json = False,
 ) -> None:
     """Measure a finished student on the configuration's evaluation data."""
+    from student_train.evaluate import MEASURES
     from student_train.recipes import FitSpec
     from student_train.run import evaluate_weights
 
     spec = parse(FitSpec, read_yaml(config, set_ or ()), str(config))
     found = evaluate_weights(spec, weights)
     if json:
-        console.print_json({"weights": str(weights), "accuracy": found})
-    else:
-        console.print_facts("evaluation", {"weights": weights, "accuracy": f"{found:.2%}"})
+        console.print_json({"weights": str(weights), **found.named()})
+        return
+    shown = {name: MEASURES[name].show(value) for name, value in found.named().items()}
+    console.print_facts("evaluation", {"weights": weights, **shown})
 
 
 if __name__ == "__main__":

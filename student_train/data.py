@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,13 +38,20 @@ class Rows(Protocol):
     worker process, a source travels there.
     """
 
+    alive: NDArray[np.int64]
+    """The row numbers that have data."""
+
     @property
-    def alive(self) -> NDArray[np.int64]:
-        """The row numbers that have data."""
+    def key_digests(self) -> NDArray[np.uint64]:
+        """Of the samples' stable keys, by row number."""
 
     @property
     def labels(self) -> NDArray[np.int64] | None:
         """Class numbers by row number, or None."""
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """What the class numbers mean, in their order, where that is known."""
 
     @property
     def classes(self) -> int | None:
@@ -56,6 +64,10 @@ class Rows(Protocol):
     @property
     def provable(self) -> bool:
         """Whether the views are the teacher's, so that they can be compared with what it saw."""
+
+    @property
+    def mixes(self) -> bool:
+        """Whether a row's view shows other rows, too."""
 
     @property
     def fingerprint(self) -> str:
@@ -81,6 +93,16 @@ class Rows(Protocol):
         """The cached answers for some rows."""
 
 
+R = TypeVar("R", bound=Rows)
+
+
+def only(data: R, rows: NDArray[np.int64]) -> R:
+    """The same data without all other rows; what is left is read and rendered as before."""
+    narrowed = copy(data)
+    narrowed.alive = rows
+    return narrowed
+
+
 class LabelledRows:
     """Seeded views of a labelled source, without a cache: to train a teacher, or to evaluate anything.
 
@@ -92,11 +114,14 @@ class LabelledRows:
     def __init__(self, source: SourceSpec, views: ViewSpec) -> None:
         opened, recipe = open_source(source), open_recipe(views)
         self._keys = opened.keys
-        self._loader = ViewLoader(recipe, key_digests(opened.keys), opened.item)
+        self.key_digests: NDArray[np.uint64] = key_digests(opened.keys)
+        self._loader = ViewLoader(recipe, self.key_digests, opened.item)
         self.alive: NDArray[np.int64] = np.arange(len(opened))
         self.labels = opened.labels
+        self.class_names = opened.class_names
         self.classes = len(opened.class_names) if opened.class_names else None
         self.views = None if recipe.random else 1
+        self.mixes = recipe.mixing is not None
         self.normalize = recipe.normalize
         identity = {"source": source_fingerprint(opened), "view": recipe.view_fingerprint}
         self.fingerprint = fingerprint("labelled-rows", 1, identity)

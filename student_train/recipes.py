@@ -22,10 +22,17 @@ Here = Annotated[str, AfterValidator(_here)]
 
 
 class StudentSpec(Strict):
-    """`small_cnn`, `resnet20_cifar`, `resnet56_cifar`, `torchvision:<name>` or `module:attribute`."""
+    """A model by name; the data says how many classes and channels it has.
+
+    Ours are `small_cnn`, `resnet20_cifar`, `resnet56_cifar`, `resnet18`, `vgg16` and `densenet121`. `timm:<name>` and
+    `torchvision:<name>` are classifiers of those packages, without weights, the latter for 3 channels.
+    `module:attribute` is called with `classes` and `channels`.
+    """
 
     model: str
-    arguments: dict[str, Any] = Field(default_factory=dict)
+    arguments: dict[str, Any] = Field(
+        default_factory=dict, description="of the model itself, such as `width`; they win over what the data says"
+    )
 
 
 def _default(spec: type[Strict], name: str) -> Any:
@@ -83,6 +90,7 @@ class DataSpec(Strict):
     maps: Here | None = Field(default=None, description="a folder in which a Parquet cache's shards are kept decoded")
     copies: Here | None = Field(default=None, description="a folder in which the files of a cache at s3:// are kept")
     views: ViewSpec | None = Field(default=None, description="with `cache`: the student's own, not the teacher's")
+    first_views: int | None = Field(default=None, gt=0, description="use only so many of the cached views")
     size: int | tuple[int, int] | None = Field(default=None, description="the student's own input size")
     tolerance: Tolerance = Field(default="exact", description="`rounding`: views may be one level of 255 away")
 
@@ -92,8 +100,8 @@ class DataSpec(Strict):
             raise ValueError("give either `cache`, or `source` and `views`")
         if (self.cache is None or self.views is not None) and (self.size is not None or self.tolerance != "exact"):
             raise ValueError("`size` and `tolerance` are for the views that the teacher saw: leave out `views`")
-        for name, folder in (("maps", self.maps), ("copies", self.copies)):
-            if folder is not None and self.cache is None:
+        for name, value in (("maps", self.maps), ("copies", self.copies), ("first_views", self.first_views)):
+            if value is not None and self.cache is None:
                 raise ValueError(f"`{name}` is for a cache")
         if self.size is not None and min(self.size if isinstance(self.size, tuple) else (self.size,)) < 1:
             raise ValueError("`size` must be above 0")
@@ -101,10 +109,34 @@ class DataSpec(Strict):
 
 
 class EvaluateSpec(Strict):
-    """Labelled data to measure on: view 0 of a recipe without randomness."""
+    """Labelled data to measure on: a source with a recipe without randomness, or a cache of one such view.
 
-    source: SourceSpec
-    views: ViewSpec
+    With a cache the student is also held against the teacher whose answers it has.
+    """
+
+    cache: str | None = None
+    source: SourceSpec | None = Field(default=None, description="with `cache`: where the data set is now")
+    views: ViewSpec | None = None
+    teacher: str = Field(default="logits", description="with `cache`: the field that the student is held against")
+
+    @model_validator(mode="after")
+    def _fits(self) -> EvaluateSpec:
+        if (self.cache is None) != (self.views is not None) or (self.cache is None and self.source is None):
+            raise ValueError("give either `cache`, or `source` and `views`")
+        if self.cache is None and self.teacher != _default(type(self), "teacher"):
+            raise ValueError("`teacher` is for a cache")
+        return self
+
+
+class ValidationSpec(Strict):
+    """A part of the training rows that is not trained on, for every choice that is made.
+
+    Without `views` it is shown as the evaluation data is.
+    """
+
+    share: float = Field(gt=0, lt=1, description="about so many of the rows, chosen by their keys")
+    seed: int = Field(default=0, ge=0, lt=2**32, description="of the choice; the same for every arm and seed")
+    views: ViewSpec | None = Field(default=None, description="without randomness; where not given, as in `evaluate`")
 
 
 class RunSpec(Strict):
@@ -116,6 +148,9 @@ class RunSpec(Strict):
     normalize: NormalizeSpec | None = Field(default=None, description="the recipe's `normalize` where not given")
     train: TrainSpec
     evaluate: EvaluateSpec
+    validation: ValidationSpec | None = Field(
+        default=None, description="measured after every epoch; the evaluation data is then measured after the last one"
+    )
 
 
 class FitSpec(RunSpec):

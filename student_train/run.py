@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,45 +12,19 @@ import torch
 from pydantic.fields import FieldInfo
 from torch import nn
 
-from student_train.cached_rows import CachedRows, OwnViews
 from student_train.checkpoint import save_model
-from student_train.data import LabelledRows, Rows
-from student_train.evaluate import accuracy
-from student_train.recipes import DataSpec, RunSpec, TrainSpec
+from student_train.evaluate import Measured, accuracy, measure
+from student_train.opening import Opened, open_data
+from student_train.recipes import RunSpec, TrainSpec
 from student_train.stream import ViewStream
 from student_train.students import open_student
 from student_train.term_specs import TermSpec, open_objective
 from student_train.train import FitResult, Log, fit, rehearse
-from teacher_cache import Cache
 from teacher_cache.errors import SpecError
 from teacher_cache.fingerprint import fingerprint
+from teacher_cache.spec import NormalizeSpec
 from teacher_cache.teachers import resolve_device
 from teacher_cache.teachers.weights import load_into
-
-
-@dataclass(frozen=True)
-class Opened:
-    """The data of a configuration, opened once and used by every arm and seed."""
-
-    train: Rows
-    test: Rows
-
-
-def open_data(spec: RunSpec) -> Opened:
-    """Opens the training and the evaluation data."""
-    return Opened(_open_rows(spec.data), LabelledRows(spec.evaluate.source, spec.evaluate.views))
-
-
-def _open_rows(spec: DataSpec) -> Rows:
-    if spec.cache is not None:
-        # What is being added meanwhile has holes, into which an epoch would run.
-        cache = Cache(spec.cache, spec.source, spec.maps, spec.copies, sealed=True)
-        if spec.views is not None:
-            return OwnViews(cache, spec.views)
-        return CachedRows(cache, size=spec.size, tolerance=spec.tolerance)
-    assert spec.source is not None, "the spec has checked it"
-    assert spec.views is not None, "the spec has checked it"
-    return LabelledRows(spec.source, spec.views)
 
 
 def train_one(
@@ -78,13 +52,25 @@ def train_one(
             objective,
             spec.train,
             normalization=normalization,
-            evaluate=lambda model: accuracy(model, opened.test, normalization, device),
+            evaluate=partial(_evaluate, spec, opened, normalization, device),
             folder=folder,
             run=_run_fingerprint(spec, opened, terms, seed),
             log=log,
         )
     save_model(folder, student)
     return result
+
+
+def _evaluate(
+    spec: RunSpec, opened: Opened, normalization: NormalizeSpec | None, device: str, model: nn.Module, epoch: int
+) -> dict[str, float]:
+    """After an epoch. Where rows are held out, the test data is not even looked at before the last one."""
+    found: dict[str, float] = {}
+    if opened.validation is not None:
+        found["validation_accuracy"] = accuracy(model, opened.validation, normalization, device)
+    if opened.validation is None or epoch == spec.train.epochs:
+        found |= measure(model, opened.test, normalization, device, teacher=opened.teacher).named()
+    return found
 
 
 def rehearse_one(spec: RunSpec, opened: Opened, terms: tuple[TermSpec, ...], seed: int) -> None:
@@ -139,6 +125,9 @@ def _run_fingerprint(spec: RunSpec, opened: Opened, terms: tuple[TermSpec, ...],
     # Paths are not what data is: a cache that was built again for another teacher is other data.
     body = spec.model_dump(mode="json", exclude=excluded)
     body |= {"data": opened.train.fingerprint, "evaluate": opened.test.fingerprint}
+    if opened.teacher is not None:
+        body["held_against"] = opened.teacher
+    body = {name: value for name, value in body.items() if name != "validation" or value is not None}
     body["train"] = _without_later(body["train"], TrainSpec.model_fields)
     told = [_without_later(term.model_dump(mode="json"), type(term).model_fields) for term in terms]
     return fingerprint("run", 1, {**body, "terms": told, "seed": seed})
@@ -156,10 +145,11 @@ def _without_later(body: dict[str, Any], fields: Mapping[str, FieldInfo]) -> dic
     return {name: value for name, value in body.items() if said(name, value)}
 
 
-def evaluate_weights(spec: RunSpec, weights: Path) -> float:
-    """Accuracy of a finished student's `model.safetensors` on the configuration's evaluation data."""
+def evaluate_weights(spec: RunSpec, weights: Path) -> Measured:
+    """What a finished student's `model.safetensors` does on the configuration's evaluation data."""
     opened = open_data(spec)
     student = _student(spec, opened, seed=0)
     load_into(student, str(weights))
     device = resolve_device(spec.train.device)
-    return accuracy(student.to(device), opened.test, spec.normalize or opened.train.normalize, device)
+    normalization = spec.normalize or opened.train.normalize
+    return measure(student.to(device), opened.test, normalization, device, teacher=opened.teacher)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from teacher_cache.teachers import resolve_device
 from teacher_cache.views import normalize
 
 Log = Callable[[dict[str, float]], None]
+Evaluate = Callable[[nn.Module, int], Mapping[str, float]]
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class FitResult:
 
     history: list[dict[str, float]]
     """One entry an epoch: `epoch`, `loss`, each term's value, `lr`, `seconds`, `data_seconds`, `step_seconds`,
-    and `accuracy` where an evaluation was given."""
+    and what an evaluation found."""
 
 
 def fit(
@@ -44,7 +45,7 @@ def fit(
     train: TrainSpec,
     *,
     normalization: NormalizeSpec | None = None,
-    evaluate: Callable[[nn.Module], float] | None = None,
+    evaluate: Evaluate | None = None,
     folder: Path | None = None,
     run: str = "",
     log: Log | None = None,
@@ -57,7 +58,8 @@ def fit(
         objective: the weighted terms.
         train: optimiser, schedule, epochs.
         normalization: of the student's input; the recipe's where not given.
-        evaluate: called after every epoch; its value is reported, never used for a choice.
+        evaluate: called after every epoch with the student and the epoch's number; what it finds is reported, never
+            used for a choice.
         folder: where a checkpoint is kept after every epoch; a run that finds one goes on from it.
         run: names the configuration, so that another run's checkpoint is refused.
         log: called with each epoch's entry.
@@ -94,7 +96,7 @@ def fit(
             entry: dict[str, float] = {"epoch": float(stream.epoch), **sums.means(), "lr": stepper.lr}
             entry |= {"seconds": seconds, "data_seconds": waited, "step_seconds": seconds - waited}
             if evaluate is not None:
-                entry["accuracy"] = evaluate(stepper.averaged)
+                entry |= evaluate(stepper.averaged, stream.epoch)
             history.append(entry)
             _keep(folder, run, student, objective, stepper, stream, history)
             if log is not None:

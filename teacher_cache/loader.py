@@ -37,6 +37,10 @@ class Decoded:
     broken: list[tuple[int, str]]
     """(row, reason) of those that could not."""
 
+    def at(self, places: NDArray[np.int64]) -> Decoded:
+        """Some of those that could be decoded."""
+        return Decoded(self.rows[places], [self.images[place] for place in places], self.content[places], [])
+
 
 class KnownItems:
     """The items of a source, each compared with what a cache knows of it. As safe to share as the source is."""

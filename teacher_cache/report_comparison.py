@@ -28,6 +28,8 @@ class Epoch(_Read):
     epoch: int
     loss: float | None = None
     accuracy: float | None = None
+    validation_accuracy: float | None = None
+    """On held-out training rows; then the test data has been looked at after the last epoch only."""
 
 
 @dataclass(frozen=True)
@@ -62,11 +64,11 @@ class Arm(_Read):
         return float(np.std(self.accuracy, ddof=1)) if len(self.accuracy) > 1 else None
 
     def curve(self, name: str) -> Curve | None:
-        """`loss` or `accuracy` per epoch; None where no seed recorded it."""
+        """`loss`, `accuracy` or `validation_accuracy` per epoch; None where no seed recorded it."""
         found: dict[int, list[float]] = {}
         for seed in self.history:
             for entry in seed:
-                value = entry.loss if name == "loss" else entry.accuracy
+                value: float | None = getattr(entry, name)
                 if value is not None:
                     found.setdefault(entry.epoch, []).append(value)
         if not found:
@@ -89,6 +91,7 @@ class Difference(_Read):
     """Of the 95 % interval."""
     high: FiniteFloat | None = None
     significant: bool | None = None
+    measure: str = "accuracy"
 
 
 class Comparison(_Read):
@@ -102,7 +105,12 @@ class Comparison(_Read):
     @property
     def intervals(self) -> bool:
         """Whether a difference comes with its interval."""
-        return any(item.low is not None and item.high is not None for item in self.differences)
+        return any(item.low is not None and item.high is not None for item in self.in_accuracy)
+
+    @property
+    def in_accuracy(self) -> tuple[Difference, ...]:
+        """The differences that the page shows."""
+        return tuple(item for item in self.differences if item.measure == "accuracy")
 
     @model_validator(mode="after")
     def _known_arms(self) -> Comparison:

@@ -113,8 +113,11 @@ def mass_plot(soft: SoftTargets) -> Plot:
 
 def training_plots(comparison: Comparison) -> list[Plot]:
     """Accuracy and loss per epoch for every arm; a curve that nobody recorded is left out."""
+    held_out = any(arm.curve("validation_accuracy") is not None for arm in comparison.arms.values())
     wanted = (
-        ("accuracy", "Accuracy while training", "accuracy (%)", 100.0),
+        ("validation_accuracy", "Accuracy on held-out rows while training", "accuracy (%)", 100.0)
+        if held_out
+        else ("accuracy", "Accuracy while training", "accuracy (%)", 100.0),
         ("loss", "Loss while training", "training loss", 1.0),
     )
     plots = []

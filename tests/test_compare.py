@@ -6,14 +6,24 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from toy_builds import numpy_source
+import torch
+from toy_builds import numpy_source, toy_spec
 
-from student_train import compare as module
-from student_train.compare import compare, difference
-from student_train.recipes import CompareSpec
-from teacher_cache.errors import RequestError, TeacherCacheError
-from teacher_cache.spec import parse
+import teacher_cache as tc
+from student_train import CachedRows, ViewStream
+from student_train.compare import compare
+from student_train.comparison import Comparison, Difference, difference
+from student_train.data import LabelledRows, only
+from student_train.evaluate import accuracy, measure
+from student_train.held_out import split
+from student_train.opening import open_data
+from student_train.recipes import CompareSpec, StudentSpec
+from student_train.students import open_student
+from teacher_cache.errors import MismatchError, RequestError, SpecError, TeacherCacheError
+from teacher_cache.spec import NumpySource, ViewSpec, parse
+from teacher_cache.views import normalize
 
 
 def compare_spec(run: Path, built: Path, arrays: Path) -> CompareSpec:
@@ -60,7 +70,7 @@ def test_finished_cells_are_not_trained_again(
     again = compare(spec, lambda arm, seed, entry: seen.append((arm, seed)))
     assert seen == []
     assert again.accuracy == first.accuracy
-    assert module.Difference("a", "b", 0.0, 0.0, 0.0).significant is False
+    assert Difference("a", "b", "kl", 0.0, 0.0, 0.0).significant is False
 
 
 @pytest.mark.parametrize(
@@ -103,3 +113,112 @@ def test_a_wrong_weight_is_named_with_its_arm(built: Path, arrays: Path, tmp_pat
     arms = {**body["arms"], "kd": [{"kind": "kd", "weight": [[0.5, 1], [0.2, 1]]}]}
     with pytest.raises(RequestError, match=r"arms\.kd\.objective\.0.*weight.*in the order of progress"):
         parse(CompareSpec, {**body, "arms": arms}, "test")
+
+
+class TestHeldOut:
+    """What is chosen is chosen on rows that nothing was trained on, and the test data is seen once."""
+
+    def spec(self, run: Path, built: Path, arrays: Path, **changes: Any) -> CompareSpec:
+        described = compare_spec(run, built, arrays).model_dump(mode="json")
+        return parse(CompareSpec, {**described, "validation": {"share": 0.3}, **changes}, "test")
+
+    def test_no_batch_has_a_held_out_row(self, built: Path, arrays: Path, tmp_path: Path) -> None:
+        opened = open_data(self.spec(tmp_path, built, arrays))
+        assert opened.validation is not None
+        held = set(opened.validation.alive.tolist())
+        trained = {row for batch in ViewStream(opened.train, batch_size=4) for row in batch.rows_B.tolist()}
+        assert held
+        assert trained
+        assert not held & trained
+        assert held | trained == set(np.flatnonzero(tc.open(built).alive).tolist())
+
+    def test_the_test_data_is_measured_after_the_last_epoch_only(
+        self, built: Path, arrays: Path, tmp_path: Path
+    ) -> None:
+        comparison = compare(self.spec(tmp_path, built, arrays))
+        for seeds in comparison.history.values():
+            for history in seeds:
+                assert ["accuracy" in entry for entry in history] == [False, True]
+                assert all(0 <= entry["validation_accuracy"] <= 1 for entry in history)
+        assert comparison.chosen in comparison.history
+
+    def test_the_choice_is_by_the_held_out_rows(self, built: Path, arrays: Path, tmp_path: Path) -> None:
+        """Even where the test data would choose another arm."""
+        spec = self.spec(tmp_path, built, arrays)
+        ends = {"ce": (0.9, 0.1), "same": (0.2, 0.5), "kd": (0.3, 0.4)}
+        history = {arm: [[{"accuracy": test, "validation_accuracy": held}]] * 2 for arm, (test, held) in ends.items()}
+        assert Comparison(history, spec).chosen == "same"
+
+    def test_a_row_stays_where_it_is_when_others_come(self, arrays: Path) -> None:
+        rows = LabelledRows(NumpySource.model_validate(numpy_source(arrays)), ViewSpec(recipe=()))
+        _, held = split(rows, 0.4, 7)
+        fewer = only(rows, rows.alive[: len(rows.alive) // 2])
+        _, held_of_fewer = split(fewer, 0.4, 7)
+        assert held_of_fewer.tolist() == [row for row in held.tolist() if row < len(fewer.alive)]
+        assert split(rows, 0.4, 8)[1].tolist() != held.tolist()
+
+    def test_a_part_must_not_be_empty(self, arrays: Path) -> None:
+        rows = LabelledRows(NumpySource.model_validate(numpy_source(arrays)), ViewSpec(recipe=()))
+        with pytest.raises(SpecError, match="both parts"):
+            split(rows, 1e-9, 0)
+
+    def test_held_out_rows_must_not_be_mixed_into_others(self, arrays: Path, tmp_path: Path) -> None:
+        views = {"recipe": [{"mixup": {"alpha": 1.0}}], "count": 1}
+        tc.build(toy_spec(tmp_path / "mixed", arrays, views=views), executor="serial")
+        with pytest.raises(SpecError, match="hold out"):
+            open_data(self.spec(tmp_path, tmp_path / "mixed", arrays))
+
+
+class TestAgainstTheTeacher:
+    def clean(self, path: Path, arrays: Path, **changes: Any) -> Path:
+        tc.build(toy_spec(path, arrays, views={"recipe": [], "count": 1}, **changes), executor="serial")
+        return path
+
+    @pytest.mark.parametrize(
+        "encoding", ["dense_f16", {"kind": "dense_u8"}, {"kind": "top_k", "k": 3}], ids=["f16", "u8", "top_k"]
+    )
+    def test_agreement_and_divergence_are_those_of_the_logits(
+        self, encoding: Any, arrays: Path, tmp_path: Path
+    ) -> None:
+        cache = self.clean(tmp_path / "clean", arrays, teacher__fields={"logits": {"encoding": encoding}})
+        rows = CachedRows(tc.open(cache))
+        student = open_student(StudentSpec(model="small_cnn", arguments={"width": 4}), 10, 1, seed=0).eval()
+        found = measure(student, rows, None, teacher="logits", batch_size=5)
+        views = tc.open(cache).render(0, rows.alive)
+        with torch.no_grad():
+            ours_BC = student(normalize(views, None))
+        log_p_BC = tc.open(cache).read("logits", 0, rows.alive).log_probs(1.0)
+        assert found.agreement == pytest.approx(float((ours_BC.argmax(1) == log_p_BC.argmax(1)).float().mean()))
+        divergence = (log_p_BC.exp() * (log_p_BC - ours_BC.log_softmax(1))).sum(1).mean()
+        assert found.kl == pytest.approx(float(divergence), rel=1e-4)
+        assert found.accuracy == pytest.approx(accuracy(student, rows, None))
+
+    def test_a_comparison_says_it_of_every_arm(self, built: Path, arrays: Path, tmp_path: Path) -> None:
+        cache = self.clean(tmp_path / "clean", arrays)
+        described = compare_spec(tmp_path / "run", built, arrays).model_dump(mode="json")
+        spec = parse(CompareSpec, {**described, "evaluate": {"cache": str(cache)}}, "test")
+        comparison = compare(spec)
+        assert comparison.measures == ("accuracy", "agreement", "kl")
+        assert {(item.arm, item.measure) for item in comparison.differences} == {
+            (arm, measure) for arm in ("same", "kd") for measure in comparison.measures
+        }
+        written = json.loads((tmp_path / "run" / "result.json").read_text())
+        assert written["arms"]["kd"]["kl"] == comparison.values("kl", "kd")
+        assert (tmp_path / "run" / "result.png").read_bytes().startswith(b"\x89PNG")
+
+    def test_a_field_that_is_not_there_is_refused_first(self, built: Path, arrays: Path, tmp_path: Path) -> None:
+        cache = self.clean(tmp_path / "clean", arrays)
+        described = compare_spec(tmp_path / "run", built, arrays).model_dump(mode="json")
+        evaluate = {"cache": str(cache), "teacher": "logit"}
+        with pytest.raises(MismatchError, match="logits"):
+            compare(parse(CompareSpec, {**described, "evaluate": evaluate}, "test"))
+
+
+def test_the_first_views_alone_are_used(built: Path) -> None:
+    frozen = CachedRows(tc.open(built), first_views=1)
+    stream = ViewStream(frozen, batch_size=8)
+    shown = {int(view) for _ in range(3) for batch in stream for view in batch.view_B}
+    assert shown == {0}
+    assert frozen.fingerprint != CachedRows(tc.open(built)).fingerprint
+    with pytest.raises(SpecError, match="first_views"):
+        CachedRows(tc.open(built), first_views=99)

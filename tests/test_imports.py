@@ -25,7 +25,7 @@ OWNERS = {
     "s3fs": ["teacher_cache/storage/remote_"],
     "botocore": ["teacher_cache/storage/remote_"],
     "sklearn": ["teacher_cache/sources/digits"],
-    "timm": ["teacher_cache/teachers/", "student_train/students/"],
+    "timm": ["teacher_cache/imports.py"],
 }
 """Which files, by the beginning of their path, may import a heavy package, at the top or inside a function."""
 

@@ -215,7 +215,8 @@ def assert_right(loss: Tensor, gradient: Tensor | None, logits: Tensor, case: Ca
     assert gradient.dtype == logits.dtype
     expected, slope = plain(logits, case)
     assert float(loss.detach()) == pytest.approx(expected, rel=3e-6, abs=2e-6 * case.temperature**2)
-    rounding = max(torch.finfo(logits.dtype).eps / 2, 1e-5)
+    # A softmax of large logits is as exact as their differences are, in float32 at best.
+    rounding = max(torch.finfo(logits.dtype).eps / 2, 1e-5, 1e-8 * case.spread)
     torch.testing.assert_close(gradient.double(), slope, rtol=rounding, atol=1e-6 * case.temperature)
 
 

@@ -100,6 +100,17 @@ class Steps(SmallNet):
         return super().forward(images_BCHW * 0)
 
 
+class Named(SmallNet):
+    """One of its modules is called `saliency`."""
+
+    def __init__(self, classes: int = 10, channels: int = 1) -> None:
+        super().__init__(classes, channels)
+        self.saliency = nn.Identity()
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        return super().forward(self.saliency(images_BCHW))
+
+
 class Detached(SmallNet):
     """Nothing flows back through it."""
 
@@ -157,6 +168,11 @@ class TestFrozen:
         assert all(torch.equal(alone[name], beside[name]) for name in rest)
         assert list(beside) == [*rest, "saliency"]
         assert loaded(fields=rest).fingerprint == loaded(fields=[*rest, "saliency"]).fingerprint
+
+    def test_a_node_of_that_name_is_another_field(self) -> None:
+        found = loaded("test_saliency:Named", fields=["feature:saliency", "saliency"])(views(), labels())
+        assert torch.equal(found["feature:saliency"], views() / 255)
+        assert torch.equal(found["saliency"], loaded(fields=["saliency"])(views(), labels())["saliency"])
 
     def test_torchs_own_setting_comes_back_after_an_error(self) -> None:
         torch.set_deterministic_debug_mode("warn")

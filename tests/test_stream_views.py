@@ -17,8 +17,9 @@ from toy_builds import ROWS, expected_logits, numpy_source, toy_spec, tree
 
 import teacher_cache as tc
 from student_train import CachedRows, OwnViews, ViewStream
+from student_train.opening import open_data
 from student_train.recipes import CompareSpec, DataSpec, FitSpec
-from student_train.run import open_data, train_one
+from student_train.run import train_one
 from student_train.train import FitResult
 from teacher_cache import left
 from teacher_cache.encodings import DenseTarget, SparseTarget, joined

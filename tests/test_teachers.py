@@ -37,7 +37,7 @@ class TestLoading:
     def test_torchvision(self) -> None:
         teacher = loaded("torchvision:resnet18", arguments={"num_classes": 7}, fields=["logits"])
         assert teacher(views(2, 3, 32))["logits"].shape == (2, 7)
-        with pytest.raises(SpecError, match=r"not in torchvision\.models.*resnet19"):
+        with pytest.raises(SpecError, match=r"no classification model.*resnet19.*Did you mean `resnet18`"):
             loaded("torchvision:resnet19")
         with pytest.raises(TeacherError, match=r"teacher\.arguments.*colour"):
             loaded("torchvision:resnet18", arguments={"colour": 1})
@@ -46,8 +46,8 @@ class TestLoading:
         pytest.importorskip("timm")
         teacher = loaded("timm:test_vit", arguments={"num_classes": 5})
         assert teacher(views(2, 3, 160))["logits"].shape == (2, 5)
-        with pytest.raises(TeacherError, match="not a timm model"):
-            loaded("timm:no_such_model")
+        with pytest.raises(SpecError, match=r"teacher\.model: is not a timm model.*Did you mean `test_vit`"):
+            loaded("timm:test_vti")
 
     def test_module_attribute(self) -> None:
         """Exactly the module, in evaluation mode, on pixels scaled to 0..1 and normalised."""

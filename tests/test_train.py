@@ -16,8 +16,9 @@ import teacher_cache as tc
 from student_train import KD, Batch, CrossEntropy, Objective, TrainSpec, ViewStream, fit
 from student_train.checkpoint import load_checkpoint, save_model
 from student_train.evaluate import accuracy
+from student_train.opening import open_data
 from student_train.recipes import FitSpec, StudentSpec
-from student_train.run import _run_fingerprint, evaluate_weights, open_data, rehearse_one, train_one
+from student_train.run import _run_fingerprint, evaluate_weights, rehearse_one, train_one
 from student_train.students import open_student
 from teacher_cache.encodings import DenseTarget
 from teacher_cache.errors import CacheNotFoundError, MismatchError, NonFiniteError, SpecError
@@ -149,7 +150,7 @@ def test_a_checkpoint_holds_a_plain_student(built: Path, arrays: Path, tmp_path:
     student = open_student(SMALL, 10, 1, seed=5)
     student.load_state_dict(raw["student"], strict=True)
     assert load_checkpoint(tmp_path, raw["run"]) is not None
-    assert evaluate_weights(spec, tmp_path / "model.safetensors") == result.history[-1]["accuracy"]
+    assert evaluate_weights(spec, tmp_path / "model.safetensors").accuracy == result.history[-1]["accuracy"]
 
 
 def test_seeds_decide_initial_weights_and_nothing_global() -> None:
@@ -224,7 +225,7 @@ def test_features_and_an_evaluation(ema: float | None, built: Path, arrays: Path
     spec = fit_spec(tmp_path, built, arrays, train=train, objective=objective)
     result = train_one(spec, open_data(spec), spec.objective, 0, tmp_path)
     assert set(result.history[-1]) >= {"feature", "cross_entropy", "accuracy"}
-    assert evaluate_weights(spec, tmp_path / "model.safetensors") == result.history[-1]["accuracy"]
+    assert evaluate_weights(spec, tmp_path / "model.safetensors").accuracy == result.history[-1]["accuracy"]
 
 
 def test_a_run_of_an_earlier_release_goes_on(built: Path, arrays: Path, tmp_path: Path) -> None:

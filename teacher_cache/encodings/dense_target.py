@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -34,8 +35,11 @@ class DenseTarget:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> DenseTarget:
         """The same target on another device, still in its small type."""
-        scale = None if self.scale is None else self.scale.to(device, non_blocking)
-        return DenseTarget(self.values.to(device, non_blocking=non_blocking), scale)
+        return self.mapped(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> DenseTarget:
+        """The same target with every tensor that has an entry for each row changed."""
+        return DenseTarget(change(self.values), None if self.scale is None else self.scale.mapped(change))
 
     def flat(self) -> DenseTarget:
         """The positions of sequences as rows: [B, T, C] to [B · T, C]."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -34,8 +34,8 @@ class Scale(Protocol):
     def exact(self, stored: Tensor) -> Tensor:
         """float32 values as the teacher gave them, up to the encoding's error."""
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Scale:
-        """The same on another device."""
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> Scale:
+        """The same with every tensor that has an entry for each row changed: moved, or put into page-locked memory."""
 
     def flat(self) -> Scale:
         """The same for the positions of sequences as rows."""
@@ -58,10 +58,9 @@ class Steps:
         """Raw logits."""
         return self.maximum_B.float()[..., None] - stored.float() * self.step_B[..., None]
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Steps:
-        """The same on another device."""
-        moved = (part.to(device, non_blocking=non_blocking) for part in (self.step_B, self.maximum_B))
-        return Steps(*moved)
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> Steps:
+        """The same with both tensors changed."""
+        return Steps(change(self.step_B), change(self.maximum_B))
 
     def flat(self) -> Steps:
         """The same for the positions of sequences as rows."""
@@ -111,7 +110,7 @@ class Channels:
         common = self.shared.on(stored.device)
         return torch.addcmul(common["low"], stored.float(), common["step"])
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Channels:
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> Channels:
         """Itself: what is shared follows the values."""
         return self
 
@@ -138,7 +137,7 @@ class Head:
         with torch.autocast(stored.device.type, enabled=False):
             return functional.linear(features, common["weight"], common["bias"])
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Head:
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> Head:
         """Itself: what is shared follows the values."""
         return self
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -125,10 +126,12 @@ class SparseTarget:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> SparseTarget:
         """The same target on another device."""
-        moved: dict[str, Any] = {
-            name: array.to(device, non_blocking=non_blocking) for name, array in self.arrays().items()
-        }
-        return replace(self, **moved)
+        return self.mapped(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> SparseTarget:
+        """The same target with every tensor that has an entry for each row changed."""
+        changed: dict[str, Any] = {name: change(array) for name, array in self.arrays().items()}
+        return replace(self, **changed)
 
     def flat(self) -> SparseTarget:
         """The positions of sequences as rows: [B, T, K] to [B · T, K]."""

@@ -12,10 +12,11 @@ from torch import nn
 
 from teacher_cache.errors import TeacherError
 from teacher_cache.fingerprint import bytes_digest
-from teacher_cache.imports import import_attribute, torchvision_model
+from teacher_cache.imports import import_attribute, timm_model, torchvision_model
 from teacher_cache.spec import NormalizeSpec, TeacherSpec
 from teacher_cache.teachers.base import Teacher, ask_whole
-from teacher_cache.teachers.torch_teacher import ExportedModule, TorchTeacher
+from teacher_cache.teachers.exported import ExportedModule
+from teacher_cache.teachers.torch_teacher import TorchTeacher
 from teacher_cache.teachers.weights import load_into, state_digest
 
 __all__ = ["Teacher", "TorchTeacher", "ask_whole", "load_teacher", "resolve_device"]
@@ -71,24 +72,13 @@ def _load_module(spec: TeacherSpec) -> tuple[nn.Module, dict[str, Any]]:
     if kind == "torchvision":
         module = _called(lambda **arguments: torchvision_model(name, arguments, "teacher.model"), spec)
     elif kind == "timm":
-        module = _timm(name, spec)
+        module = _called(lambda **arguments: timm_model(name, arguments, "teacher.model"), spec)
     else:
         module = _called(import_attribute(spec.model, "teacher.model"), spec)
     if spec.weights is not None:
         load_into(module, spec.weights)
     module.eval()
     return module, {"reference": spec.model, "state": state_digest(module)}
-
-
-def _timm(name: str, spec: TeacherSpec) -> nn.Module:
-    try:
-        import timm
-    except ImportError as error:
-        hint = "Install the extra: pip install 'teacher-cache[timm]'."
-        raise TeacherError("teacher.model", "`timm:` needs the package timm", error, hint) from error
-    if not timm.is_model(name):
-        raise TeacherError("teacher.model", "is not a timm model", name, "See timm.list_models().")
-    return _called(lambda **arguments: timm.create_model(name, **arguments), spec)
 
 
 def _called(factory: Any, spec: TeacherSpec) -> nn.Module:

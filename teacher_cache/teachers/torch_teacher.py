@@ -16,7 +16,6 @@ from teacher_cache.spec import (
     FieldSpec,
     NormalizeSpec,
     base_of,
-    is_logits,
     needs_label,
     nodes_of,
 )
@@ -41,10 +40,10 @@ class TorchTeacher:
         channels_last: bool = False,
         device: str = "cpu",
     ) -> None:
-        """Freezes the module and taps its nodes.
+        """Freezes the module, puts it in evaluation mode and taps its nodes.
 
         Args:
-            module: images float [B, C, H, W] to logits [B, K].
+            module: images float [B, C, H, W] to logits [B, K]; in whatever mode it is left.
             identity: what names the module (reference, arguments, digest of the weights).
             fields: `logits`, `feature:<node>` with its pooling, `attention:<node>`, `flow:<a>,<b>`, `saliency`; each
                 may have an `@label`.
@@ -54,7 +53,7 @@ class TorchTeacher:
             device: where it runs.
         """
         self._format = torch.channels_last if channels_last else torch.contiguous_format
-        self._module = module.requires_grad_(False).to(device=device)
+        self._module = module.eval().requires_grad_(False).to(device=device)
         if channels_last:
             self._module = self._module.to(memory_format=torch.channels_last)
         self._normalize, self.precision, self._device = normalize, precision, torch.device(device)
@@ -131,13 +130,10 @@ class TorchTeacher:
         """uint8 views to float32 fields. Copies to and from the device are the only transfers."""
         inputs = normalize(views_BCHW.to(self._device), self._normalize).contiguous(memory_format=self._format)
         logits = self._logits(inputs)
-        outputs = dict(self._tapped)
-        if labelled := next((name for name in self._fields if needs_label(name)), None):
-            if labels_B is None:
-                hint = "Give the views' labels beside them."
-                raise TeacherError(f"teacher.fields.{labelled}", "needs labels", None, hint)
+        outputs, whole = dict(self._tapped), {"logits": logits}
+        if any(map(needs_label, self._fields)):
             # A forward pass of its own: what is asked for beside must not move the last bit of a logit.
-            outputs["saliency"] = saliency(self._logits, inputs, labels_B, self._normalize)
+            whole["saliency"] = self._saliency(inputs, labels_B)
         self._tapped.clear()
         missing = [(name, node) for name in self._fields for node in nodes_of(name) if node not in outputs]
         if missing:
@@ -145,10 +141,16 @@ class TorchTeacher:
             hint = "The node is not used in a forward pass; choose another."
             raise TeacherError(f"teacher.fields.{name}", "was never computed", node, hint)
         answer = {
-            name: pooled(logits, field) if is_logits(name) else field_value(base_of(name), field, outputs)
+            name: field_value(base_of(name), field, outputs) if nodes_of(name) else pooled(whole[base_of(name)], field)
             for name, field in self._fields.items()
         }
         return {**answer, HEAD_INPUT: outputs[HEAD_INPUT].float()} if self.head is not None else answer
+
+    def _saliency(self, inputs_BCHW: Tensor, labels_B: Tensor | None) -> Tensor:
+        if labels_B is None:
+            hint = "Give the views' labels beside them."
+            raise TeacherError("teacher.fields.saliency", "needs labels", None, hint)
+        return saliency(self._logits, inputs_BCHW, labels_B, self._normalize)
 
     def _logits(self, inputs_BCHW: Tensor) -> Tensor:
         """One forward pass, which leaves the outputs of the tapped nodes behind."""
@@ -160,17 +162,4 @@ class TorchTeacher:
         if not isinstance(logits, Tensor):
             hint = "Wrap it in a module whose forward returns the logits."
             raise TeacherError("teacher.model", "must answer one tensor", type(logits).__name__, hint)
-        return logits
-
-
-class ExportedModule(nn.Module):
-    """A `torch.export` program behind the interface of a module; it was exported in evaluation mode."""
-
-    def __init__(self, program: torch.export.ExportedProgram) -> None:
-        super().__init__()
-        self.program = program.module()
-
-    def forward(self, images_BCHW: Tensor) -> Tensor:
-        """Runs the program."""
-        logits: Tensor = self.program(images_BCHW)
         return logits
