@@ -100,6 +100,17 @@ class Steps(SmallNet):
         return super().forward(images_BCHW * 0)
 
 
+class Named(SmallNet):
+    """One of its modules is called `saliency`."""
+
+    def __init__(self, classes: int = 10, channels: int = 1) -> None:
+        super().__init__(classes, channels)
+        self.saliency = nn.Identity()
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        return super().forward(self.saliency(images_BCHW))
+
+
 class Detached(SmallNet):
     """Nothing flows back through it."""
 
@@ -112,6 +123,15 @@ class Once(nn.Module):
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         return NoDerivative.apply(images_BCHW.flatten(1)[:, :10])  # type: ignore[no-any-return, no-untyped-call]
+
+
+class Unrepeatable(SmallNet):
+    """What torch says in a forward pass of an operation that adds up in another order each time."""
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        if torch.are_deterministic_algorithms_enabled():
+            raise RuntimeError("does not have a deterministic implementation")
+        return super().forward(images_BCHW)
 
 
 class NoDerivative(torch.autograd.Function):
@@ -148,6 +168,11 @@ class TestFrozen:
         assert all(torch.equal(alone[name], beside[name]) for name in rest)
         assert list(beside) == [*rest, "saliency"]
         assert loaded(fields=rest).fingerprint == loaded(fields=[*rest, "saliency"]).fingerprint
+
+    def test_a_node_of_that_name_is_another_field(self) -> None:
+        found = loaded("test_saliency:Named", fields=["feature:saliency", "saliency"])(views(), labels())
+        assert torch.equal(found["feature:saliency"], views() / 255)
+        assert torch.equal(found["saliency"], loaded(fields=["saliency"])(views(), labels())["saliency"])
 
     def test_torchs_own_setting_comes_back_after_an_error(self) -> None:
         torch.set_deterministic_debug_mode("warn")
@@ -200,6 +225,7 @@ class TestRefused:
             ("toy_models:Positions", labels(), r"needs one row of logits for each view \(found: \(8, 10\)\)"),
             ("test_saliency:Detached", labels(), "needs a model through which gradients flow"),
             ("test_saliency:Once", labels(), "cannot be computed: it has none"),
+            ("test_saliency:Unrepeatable", labels(), "cannot be computed: does not have a deterministic"),
         ],
     )
     def test_what_has_no_gradient(self, model: str, given: Tensor | None, message: str) -> None:

@@ -1,4 +1,4 @@
-"""What a field is made of: what one node of a model puts out, or two do, or a gradient."""
+"""What a field is made of: the outputs of one node of a model, or of two."""
 
 from __future__ import annotations
 
@@ -8,22 +8,20 @@ from torch import Tensor
 from torch.nn import functional
 
 from teacher_cache.errors import TeacherError
-from teacher_cache.spec import FieldSpec, needs_label, nodes_of
+from teacher_cache.spec import FieldSpec, nodes_of
 
 
 def field_value(name: str, field: FieldSpec, outputs: Mapping[str, Tensor]) -> Tensor:
     """One field of a teacher, float32.
 
     Args:
-        name: `feature:<node>`, `attention:<node>`, `flow:<a>,<b>` or `saliency`, without a label.
+        name: `feature:<node>`, `attention:<node>` or `flow:<a>,<b>`, without a label.
         field: how it is pooled.
-        outputs: of the nodes, by their names; the gradient under its own.
+        outputs: of the nodes, by their names.
 
     Raises:
         TeacherError: a flow between nodes that put out no maps.
     """
-    if needs_label(name):
-        return outputs[name]
     values = [outputs[node] for node in nodes_of(name)]
     if name.startswith("attention:"):
         return attention(values[0])

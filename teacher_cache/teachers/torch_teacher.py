@@ -16,7 +16,6 @@ from teacher_cache.spec import (
     FieldSpec,
     NormalizeSpec,
     base_of,
-    is_logits,
     needs_label,
     nodes_of,
 )
@@ -131,13 +130,10 @@ class TorchTeacher:
         """uint8 views to float32 fields. Copies to and from the device are the only transfers."""
         inputs = normalize(views_BCHW.to(self._device), self._normalize).contiguous(memory_format=self._format)
         logits = self._logits(inputs)
-        outputs = dict(self._tapped)
-        if labelled := next((name for name in self._fields if needs_label(name)), None):
-            if labels_B is None:
-                hint = "Give the views' labels beside them."
-                raise TeacherError(f"teacher.fields.{labelled}", "needs labels", None, hint)
+        outputs, whole = dict(self._tapped), {"logits": logits}
+        if any(map(needs_label, self._fields)):
             # A forward pass of its own: what is asked for beside must not move the last bit of a logit.
-            outputs["saliency"] = saliency(self._logits, inputs, labels_B, self._normalize)
+            whole["saliency"] = self._saliency(inputs, labels_B)
         self._tapped.clear()
         missing = [(name, node) for name in self._fields for node in nodes_of(name) if node not in outputs]
         if missing:
@@ -145,10 +141,16 @@ class TorchTeacher:
             hint = "The node is not used in a forward pass; choose another."
             raise TeacherError(f"teacher.fields.{name}", "was never computed", node, hint)
         answer = {
-            name: pooled(logits, field) if is_logits(name) else field_value(base_of(name), field, outputs)
+            name: field_value(base_of(name), field, outputs) if nodes_of(name) else pooled(whole[base_of(name)], field)
             for name, field in self._fields.items()
         }
         return {**answer, HEAD_INPUT: outputs[HEAD_INPUT].float()} if self.head is not None else answer
+
+    def _saliency(self, inputs_BCHW: Tensor, labels_B: Tensor | None) -> Tensor:
+        if labels_B is None:
+            hint = "Give the views' labels beside them."
+            raise TeacherError("teacher.fields.saliency", "needs labels", None, hint)
+        return saliency(self._logits, inputs_BCHW, labels_B, self._normalize)
 
     def _logits(self, inputs_BCHW: Tensor) -> Tensor:
         """One forward pass, which leaves the outputs of the tapped nodes behind."""
