@@ -63,8 +63,9 @@ def fit(config: Config, set_: Set = None, json: Json = False) -> None:
     if json:
         console.print_json({"run": str(folder), **last})
         return
-    facts = {name: f"{value:.4g}" for name, value in last.items()}
-    console.print_facts("after the last epoch", {**facts, "model": folder / "model.safetensors"})
+    facts = {name: f"{value:.4g}" for name, value in last.items() if not name.endswith("seconds")}
+    facts = {**facts, "time of the epoch": _time(last), "model": str(folder / "model.safetensors")}
+    console.print_facts("after the last epoch", facts)
 
 
 @app.command()
@@ -92,6 +93,17 @@ def compare(config: Config, set_: Set = None, json: Json = False) -> None:
         return
     _show(comparison)
     console.out.print(f"picture: {Path(spec.run) / 'result.png'}    for machines: {Path(spec.run) / 'result.json'}")
+
+
+def _time(entry: dict[str, float]) -> str:
+    """Where an epoch's seconds went, for people."""
+    seconds = entry["seconds"]
+    split = f"{entry['data_seconds'] / seconds:.1%} waiting for batches, {entry['step_seconds'] / seconds:.1%} steps"
+    if "decode_seconds" not in entry:
+        # An epoch that an earlier release trained.
+        return f"{seconds:.1f} s: {split}"
+    made = ", ".join(f"{name} {entry[f'{name}_seconds']:.2f} s" for name in ("decode", "view", "target"))
+    return f"{seconds:.1f} s: {split}; making the batches: {made}"
 
 
 def _progress(together: World, title: str) -> AbstractContextManager[Callable[[int, int, int], None]]:
