@@ -109,6 +109,10 @@ class Taps:
             self._student.train(before)
             self._run = run
 
+    def __deepcopy__(self, _memo: object) -> Taps:
+        # A copy of the student takes its hooks along. They find this one, who is not listening while the copy runs.
+        return self
+
     def close(self) -> None:
         """Listens no longer."""
         for handle in self._handles:

@@ -149,13 +149,13 @@ class CachedRows(_Cached):
             known = np.zeros(len(self.cache), np.uint64)
             known[self.alive] = self.cache.digests(view, self.alive)
             self._digests[view] = known
-            while len(self._digests) > _KEPT:
+            while len(self._digests) > max(_KEPT, _KEPT_BYTES // known.nbytes):
                 del self._digests[next(iter(self._digests))]
         return self._digests[view]
 
 
-_KEPT = 8
-"""Views whose digests are kept at hand, 8 bytes a row each."""
+_KEPT, _KEPT_BYTES = 8, 2**27
+"""Views whose digests are kept at hand, 8 bytes a row each: so many, or as many as take so many bytes."""
 
 
 class OwnViews(_Cached):
@@ -178,7 +178,7 @@ class OwnViews(_Cached):
         self.views: int | None = None if recipe.random else self.cached_views
         self.normalize = recipe.normalize
         self._loader = ViewLoader(recipe, cache.key_digests, cache.item)
-        self.fingerprint = self._named("own-views", view=recipe.view_fingerprint)
+        self.fingerprint = self._named("own-views", view=recipe.fingerprint)
 
     def render(self, decoded: Decoded, number: int, check: NDArray[np.int64]) -> Rendered:
         """Renders the student's own view."""

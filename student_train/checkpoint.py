@@ -31,7 +31,7 @@ class Checkpoint:
     run: str
     """Fingerprint of the configuration: a checkpoint of another run is refused."""
     generator: torch.Tensor
-    """torch's CPU generator: students with dropout draw from it."""
+    """torch's CPU generator: students with dropout draw from it. Those that draw elsewhere do not go on exactly."""
     scaler: dict[str, Any] = field(default_factory=dict)
     average: dict[str, Any] = field(default_factory=dict)
     """The running average of the weights, where one is kept."""
@@ -66,6 +66,7 @@ def load_checkpoint(folder: Path, run: str) -> Checkpoint | None:
 
 def save_model(folder: Path, student: nn.Module) -> Path:
     """Writes the student's plain weights as safetensors: ready to be served, or to be a teacher."""
-    state = {name: value.detach().cpu().contiguous() for name, value in student.state_dict().items()}
+    # Copies, because weights that two modules share would be refused.
+    state = {name: value.detach().cpu().contiguous().clone() for name, value in student.state_dict().items()}
     write_atomic(folder, MODEL, safetensors.torch.save(state))
     return folder / MODEL

@@ -122,10 +122,12 @@ def _show(comparison: Comparison) -> None:
     console.print_rows(title, ("arm", *(MEASURES[name].title for name in comparison.measures)), rows)
     for item in comparison.differences:
         measure = MEASURES[item.measure]
-        verdict = "significant" if item.significant else "NOT significant"
+        verdict = "significant" if item.significant else "NOT significant" if item.spread else "the same in every pair"
         mean, low, high = (measure.show_difference(value) for value in (item.mean, item.low, item.high))
         what = "" if item.measure == "accuracy" else f", {measure.title}"
         console.out.print(f"{item.arm} − {item.against}{what}: {mean} (95 % interval {low} … {high}, {verdict})")
+    if len(comparison.differences) > 1:
+        console.out.print(f"{len(comparison.differences)} comparisons; each interval is that of one, not corrected.")
     if comparison.chosen is not None:
         console.out.print(f"best on the held-out rows, by which to choose: {comparison.chosen}")
 

@@ -26,10 +26,13 @@ class Difference:
     high: float
     """95 % confidence interval of the mean difference (Student's t over the pairs)."""
 
+    spread: bool = True
+    """Whether the pairs differ from each other at all: where they do not, they say nothing of what chance does."""
+
     @property
     def significant(self) -> bool:
-        """Whether the interval leaves out 0."""
-        return self.low > 0 or self.high < 0
+        """Whether the interval leaves out 0; it is that of this one comparison, not corrected for others beside it."""
+        return self.spread and (self.low > 0 or self.high < 0)
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,10 @@ class Comparison:
     def _arm(self, arm: str) -> dict[str, Any]:
         measured = {measure: self.values(measure, arm) for measure in self.measures}
         spread = {"mean": statistics.fmean(measured["accuracy"]), "std": statistics.stdev(measured["accuracy"])}
-        return {**measured, **spread, "history": self.history[arm]}
+        of_all = {
+            name: {"mean": statistics.fmean(found), "std": statistics.stdev(found)} for name, found in measured.items()
+        }
+        return {**measured, **spread, "summary": of_all, "history": self.history[arm]}
 
 
 def difference(
@@ -100,4 +106,6 @@ def difference(
     mean = statistics.fmean(pairs)
     error = statistics.stdev(pairs) / math.sqrt(len(pairs))
     reach = float(student_t.ppf(0.975, len(pairs) - 1)) * error
-    return Difference(arm, against, measure, mean, mean - reach, mean + reach)
+    # Rounding alone makes equal differences unequal by this.
+    spread = max(pairs) - min(pairs) > 1e-12 * max(map(abs, (*values, *others)), default=0.0)
+    return Difference(arm, against, measure, mean, mean - reach, mean + reach, spread)

@@ -31,7 +31,8 @@ def picture(comparison: Comparison) -> bytes:
         # The user's own matplotlibrc must not change the picture.
         matplotlib.rcdefaults()
         matplotlib.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "font.size": 9})
-        figure = Figure(figsize=(10, 4), dpi=120, layout="constrained")
+        wide = max(10.0, 6 + 0.7 * len(comparison.history))
+        figure = Figure(figsize=(wide, 4), dpi=120, layout="constrained")
         curves, ends = figure.subplots(1, 2, width_ratios=(3, 2))
         _draw_curves(curves, comparison)
         _draw_ends(ends, comparison)
@@ -41,6 +42,8 @@ def picture(comparison: Comparison) -> bytes:
 
 
 def _draw_curves(axes: Axes, comparison: Comparison) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     measure = "validation_accuracy" if "validation_accuracy" in comparison.measures else "accuracy"
     for number, (arm, seeds) in enumerate(comparison.history.items()):
         values_SE = 100 * np.array([[entry[measure] for entry in history] for history in seeds])
@@ -50,6 +53,7 @@ def _draw_curves(axes: Axes, comparison: Comparison) -> None:
         axes.plot(epochs, mean, color=colour, marker=marker, markersize=3, linewidth=1.2, label=arm)
         axes.fill_between(epochs, mean - spread, mean + spread, color=colour, alpha=0.15, linewidth=0)
     axes.set(xlabel="epoch", ylabel=f"{MEASURES[measure].title} (%)", title="while training: mean ± std over seeds")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
 
@@ -62,10 +66,11 @@ def _draw_ends(axes: Axes, comparison: Comparison) -> None:
         colour, marker = _look(number)
         axes.scatter([number] * len(values), values, color=colour, marker=marker, s=22, zorder=2)
         axes.hlines(statistics.fmean(values), number - 0.25, number + 0.25, color=colour, linewidth=2)
-    axes.set_xticks(range(len(arms)), arms, rotation=20)
+    axes.set_xticks(range(len(arms)), arms, rotation=30, ha="right")
     axes.set(ylabel="accuracy (%)", title="after the last epoch: every seed, and the mean")
     axes.grid(axis="y", alpha=0.3)
 
 
 def _look(number: int) -> tuple[str, str]:
-    return _COLOURS[number % len(_COLOURS)], _MARKERS[number % len(_MARKERS)]
+    # Of more arms than colours, those of one colour have other markers.
+    return _COLOURS[number % len(_COLOURS)], _MARKERS[(number + number // len(_COLOURS)) % len(_MARKERS)]

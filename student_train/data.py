@@ -71,7 +71,11 @@ class Rows(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """Names everything that a batch is made of: a run goes on only over the same data."""
+        """Names what a batch is made of: a run goes on only over the same data.
+
+        Of a source without a cache it costs no pass over the data, so it is made of keys and sizes: pixels that were
+        changed in place are not noticed.
+        """
 
     @property
     def normalize(self) -> NormalizeSpec | None:
@@ -123,7 +127,7 @@ class LabelledRows:
         self.views = None if recipe.random else 1
         self.mixes = recipe.mixing is not None
         self.normalize = recipe.normalize
-        identity = {"source": source_fingerprint(opened), "view": recipe.view_fingerprint}
+        identity = {"source": source_fingerprint(opened), "view": recipe.fingerprint}
         self.fingerprint = fingerprint("labelled-rows", 1, identity)
 
     def shape_of(self, field: str) -> tuple[int, ...]:

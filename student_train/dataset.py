@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,6 +13,7 @@ from student_train.batch import Batch
 from student_train.cached_rows import CachedRows
 from student_train.data import Rows
 from student_train.steps import Share, Steps, make_batch
+from student_train.stream import require_names, require_view_order
 from student_train.view_order import ViewOrder
 from teacher_cache import Cache
 from teacher_cache.errors import SpecError
@@ -50,15 +52,14 @@ class ViewDataset(Dataset[Batch]):
             SpecError: a check or a view order has nothing to go by.
         """
         self.data: Rows = CachedRows(data) if isinstance(data, Cache) else data
-        self.data.require(fields)
+        names = require_names(fields)
+        self.data.require(names)
         if check_views and not self.data.provable:
             hint = "Leave it out: these are not the teacher's views, so there is nothing to compare with."
             raise SpecError("check_views", "needs the views that the teacher saw", check_views, hint)
-        if view_order != "epoch" and self.data.views is None:
-            hint = "Leave it out: every showing of a row is a new view."
-            raise SpecError("view_order", "needs a number of views to choose from", view_order, hint)
+        require_view_order(self.data, view_order)
         check = (2 if self.data.provable else 0) if check_views is None else check_views
-        self._steps = Steps(self.data, tuple(fields), 1, 1, False, seed, check, view_order, Share())
+        self._steps = Steps(self.data, names, 1, 1, False, seed, check, view_order, Share())
         # In shared memory: what is set here reaches workers that were started before.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
 
@@ -77,10 +78,20 @@ class ViewDataset(Dataset[Batch]):
 
         The batch's rows are in the order of their views, and say which they are; its `step` is the first row's number.
         """
-        rows = self.data.alive[np.asarray(indices, np.int64)]
+        places = [operator.index(index) for index in indices]
+        if not places:
+            raise SpecError("indices", "must name at least one row", "none", "Leave out empty batches.")
+        rows = self.data.alive[np.array(places, np.int64)]
         return make_batch(self._steps, int(self._epoch), int(rows[0]), rows)
 
     @staticmethod
-    def collate(batch: Batch) -> Batch:
-        """For a loader's `collate_fn`: the batch is one already."""
+    def collate(batch: Batch | Sequence[Batch]) -> Batch:
+        """For a loader's `collate_fn`: the batch is one already.
+
+        Raises:
+            SpecError: they are single rows, because something stands between the loader and this data set.
+        """
+        if not isinstance(batch, Batch):
+            hint = "Give the loader the ViewDataset itself; to join two caches, grow one."
+            raise SpecError("collate_fn", "must be given a whole batch", type(batch).__name__, hint)
         return batch

@@ -18,7 +18,7 @@ from student_train.losses import (
 )
 from student_train.objective import Shapes
 from student_train.stream import Batch
-from student_train.terms import OfLogits, Stateless, require_positive
+from student_train.terms import OfLogits, Stateless, require_one_of, require_positive
 from student_train.weight import Weight, require_weight
 from teacher_cache.errors import SpecError
 
@@ -45,6 +45,7 @@ class EnsembleKD(OfLogits):
     def __post_init__(self) -> None:
         super().__post_init__()
         _require_several(self.name, self.fields)
+        require_one_of("ensemble_kd.mean_of", self.mean_of, ("probabilities", "logits", "votes"))
         if self.mean_of == "votes" and self.temperature != 1:
             hint = "Set the temperature to 1."
             raise SpecError("ensemble_kd.temperature", "must be 1 for votes, which have none", self.temperature, hint)

@@ -81,11 +81,7 @@ def measure(
         SpecError: the data has no labels, or its recipe is random.
         MismatchError: the data has no such field, or it does not tell a row's largest class.
     """
-    if data.labels is None:
-        raise SpecError("evaluate.source", "must have labels", None, "Give a labelled source.")
-    if data.views != 1:
-        hint = "Use resize, center_crop and normalize only, and one view."
-        raise SpecError("evaluate.views", "must have nothing random in it", data.views, hint)
+    require_measurable(data, "evaluate", teacher)
     training = model.training
     model.eval()
     correct, same, divergence = 0, 0, 0.0
@@ -104,6 +100,29 @@ def measure(
     if teacher is None:
         return Measured(correct / rows)
     return Measured(correct / rows, same / rows, divergence / rows)
+
+
+def require_measurable(data: Rows, where: str, teacher: str | None = None) -> None:
+    """Refuses what cannot be measured on, before anybody trains for it.
+
+    Args:
+        data: what `measure` would be given.
+        where: how the configuration calls it.
+        teacher: the cached field that a student would be held against.
+
+    Raises:
+        SpecError: the data has no labels, or its recipe is random.
+        MismatchError: the data has no such field, or it does not tell a row's largest class.
+    """
+    if data.labels is None:
+        raise SpecError(f"{where}.source", "must have labels", None, "Give a labelled source.")
+    if data.views != 1:
+        hint = "Use resize, center_crop and normalize only; or a cache of one view."
+        found = "another view at each showing" if data.views is None else f"{data.views} views"
+        raise SpecError(f"{where}.views", "must be one view with nothing random in it", found, hint)
+    if teacher is not None:
+        data.require((teacher,))
+        _top(data.read(teacher, 0, data.alive[:1]))
 
 
 def _top(target: Target) -> Tensor:

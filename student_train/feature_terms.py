@@ -20,7 +20,7 @@ from student_train.losses import (
 )
 from student_train.objective import Shape, Shapes
 from student_train.stream import Batch
-from student_train.terms import OfOneField, Stateless
+from student_train.terms import OfOneField, Stateless, require_one_of, require_some
 from student_train.weight import Weight, require_weight
 from teacher_cache.encodings import Target
 from teacher_cache.errors import SpecError
@@ -49,26 +49,39 @@ class OfFeatures(OfOneField, Stateless):
 class Feature(OfFeatures):
     """Mean squared or absolute difference of features; through a projection that is trained where widths differ.
 
-    Of maps [C, H, W] the projection is a 1×1 convolution (hints: Romero et al., "FitNets", 2015, there with weight
+    Of maps [C, H, W] the projection is a convolution (hints: Romero et al., "FitNets", 2015, there with weight
     100); of vectors and of tokens [N, D] a linear layer. A student's map is averaged over space where the cached
     field is a vector.
     """
 
     distance: Literal["mse", "mae"] = "mse"
+    kernel: Literal[1, 3] = 1
+    """Of the convolution; with 3 there is one also where the channels are as many."""
 
     name: ClassVar[str] = "feature"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_one_of("feature.distance", self.distance, ("mse", "mae"))
+        if self.kernel not in (1, 3):
+            raise SpecError("feature.kernel", "must be 1 or 3", self.kernel, "Choose one of them.")
 
     def joint(self, shapes: Shapes) -> nn.Module | None:
         """A projection to the teacher's channels, or None where they are as many.
 
         Raises:
-            SpecError: a map and a field that no projection of channels brings together.
+            SpecError: a map and a field that no projection of channels brings together; or a kernel and no maps.
         """
         student, teacher = shapes.nodes[self.node], shapes.fields[self.field]
+        if self.kernel != 1 and not len(student) == len(teacher) == 3:
+            hint = "Leave it out, or cache the field without pooling."
+            raise SpecError("feature.kernel", "is for maps on both sides", f"{list(student)}, {list(teacher)}", hint)
         if len(teacher) == 1 and len(student) in (1, 3):
             return None if student[0] == teacher[0] else nn.Linear(student[0], teacher[0])
         if len(student) == len(teacher) == 3 and student[1:] == teacher[1:]:
-            return None if student[0] == teacher[0] else nn.Conv2d(student[0], teacher[0], kernel_size=1)
+            if self.kernel == 1 and student[0] == teacher[0]:
+                return None
+            return nn.Conv2d(student[0], teacher[0], self.kernel, padding=self.kernel // 2)
         if len(student) == len(teacher) == 2 and student[0] == teacher[0]:
             return None if student[1] == teacher[1] else nn.Linear(student[1], teacher[1])
         rule = f"must put out what a projection of channels brings to {list(teacher)}, as {self.field} is"
@@ -125,10 +138,7 @@ class Relations(OfFeatures):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if min(self.distance_weight, self.angle_weight) < 0 or not self.distance_weight + self.angle_weight > 0:
-            rule = "must both be at least 0, one of them above"
-            found = (self.distance_weight, self.angle_weight)
-            raise SpecError("relations.distance_weight, angle_weight", rule, found, "Choose other values.")
+        require_some(self.name, distance_weight=self.distance_weight, angle_weight=self.angle_weight)
 
     def __call__(self, answer: Answer, batch: Batch, *_: object) -> Tensor:
         feature, target = answer.nodes[self.node], batch.targets[self.field]

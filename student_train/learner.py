@@ -48,7 +48,8 @@ def has_idle_parts(learner: Learner, batch: Batch) -> bool:
     """
     training = learner.student.training
     learner.student.eval()
-    with torch.random.fork_rng():
+    here = batch.views_BCHW.device
+    with torch.random.fork_rng([here] if here.type == "cuda" else []):
         learner(batch, 0.0)[0].backward()
     idle = any(weight.grad is None for weight in learner.parameters() if weight.requires_grad)
     learner.zero_grad(set_to_none=True)
@@ -58,17 +59,18 @@ def has_idle_parts(learner: Learner, batch: Batch) -> bool:
 
 @contextmanager
 def deterministic(wanted: bool) -> Iterator[None]:
-    """Where it is wanted, has torch refuse what gives other bits on every run; then all is as it was."""
+    """Where it is wanted, has torch refuse what gives other bits on every run; then its settings are as they were."""
     if not wanted:
         yield
         return
     # Read when the library's first handle is made; without it, matrix products on a GPU are refused.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     before, benchmark = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    warned = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch.use_deterministic_algorithms(before, warn_only=warned)
         torch.backends.cudnn.benchmark = benchmark

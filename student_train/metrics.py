@@ -47,7 +47,7 @@ class TimeSplit:
 
     `seconds` = `data_seconds` (waiting for batches) + `step_seconds` (all the rest). `decode_seconds`,
     `view_seconds` and `target_seconds` are what making the batches took: without workers they are part of the
-    waiting, with workers they are spent beside it, by all workers together.
+    waiting, with workers they are spent beside it, by all workers together. Of several processes, the first one's.
     """
 
     def __init__(self) -> None:

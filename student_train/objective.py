@@ -132,8 +132,19 @@ class Objective:
         return any(term.needs_inputs for term in self.terms)
 
     def taps(self, student: nn.Module, *, compiled: bool = False) -> Taps:
-        """Listens to all that its terms read of a student."""
+        """Listens to all that its terms read of a student.
+
+        Raises:
+            SpecError: the student has no such module; or a compiled pass would be differentiated twice.
+        """
+        self.require_compilable(compiled)
         return Taps(student, self.nodes, self.needs_inputs, compiled=compiled)
+
+    def require_compilable(self, compiled: bool) -> None:
+        """Refuses to compile what is differentiated twice."""
+        if compiled and self.needs_inputs:
+            hint = "Leave one of both out."
+            raise SpecError("train.compile", "cannot be with a term that differentiates twice", "saliency", hint)
 
     def join(self, shapes: Shapes, device: torch.device | str = "cpu") -> None:
         """Builds what is trained beside the student; drawn from torch's global generator.
@@ -151,8 +162,8 @@ class Objective:
 
     @property
     def always(self) -> bool:
-        """Whether every joint has a part in every step."""
-        return not self.joints or not any(isinstance(term.weight, Schedule) for term in self.terms)
+        """Whether every term has a part in every step."""
+        return not any(isinstance(term.weight, Schedule) for term in self.terms)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Of all joints; none of them is part of the student."""

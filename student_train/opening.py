@@ -7,10 +7,13 @@ from itertools import zip_longest
 
 from student_train.cached_rows import CachedRows, OwnViews, WithoutAnswers
 from student_train.data import LabelledRows, Rows, only
+from student_train.evaluate import require_measurable
 from student_train.held_out import split
 from student_train.recipes import DataSpec, EvaluateSpec, RunSpec, ValidationSpec
 from teacher_cache import Cache
 from teacher_cache.errors import MismatchError, SpecError
+from teacher_cache.spec import NormalizeSpec, ViewSpec
+from teacher_cache.views import open_recipe
 
 
 @dataclass(frozen=True)
@@ -35,14 +38,27 @@ def open_data(spec: RunSpec) -> Opened:
     train, test = _open_rows(spec.data), _open_evaluation(spec.evaluate)
     _require_same_classes(train, test)
     teacher = None if spec.evaluate.cache is None else spec.evaluate.teacher
-    test.require(() if teacher is None else (teacher,))
+    require_measurable(test, "evaluate", teacher)
+    normalization = spec.normalize or train.normalize
+    _require_normalization(spec.evaluate.views, normalization, "evaluate")
     if spec.validation is None:
         return Opened(train, test, teacher)
+    _require_normalization(spec.validation.views, normalization, "validation")
     if train.mixes:
         hint = "Leave `validation` out, or hold samples back when the cache is built."
         raise SpecError("validation", "must not hold out what others are mixed with", "the recipe mixes", hint)
     kept, held = split(train, spec.validation.share, spec.validation.seed)
-    return Opened(only(train, kept), test, teacher, only(_open_validation(spec, spec.validation), held))
+    validation = only(_open_validation(spec, spec.validation), held)
+    require_measurable(validation, "validation")
+    return Opened(only(train, kept), test, teacher, validation)
+
+
+def _require_normalization(views: ViewSpec | None, ours: NormalizeSpec | None, where: str) -> None:
+    """Students see what is measured normalised as in training: what a recipe says otherwise would have no effect."""
+    theirs = None if views is None or views.recipe is None else open_recipe(views).normalize
+    if theirs is not None and theirs != ours:
+        hint = "Leave `normalize` out there: students are measured with that of their training."
+        raise MismatchError(f"{where}.views.recipe.normalize", f"must be {ours}", theirs, hint)
 
 
 def _require_same_classes(train: Rows, test: Rows) -> None:

@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from student_train.recipes import TrainSpec
+from teacher_cache.errors import NonFiniteError
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -70,6 +71,8 @@ class Stepper:
         self._parameters = [*student.parameters(), *joints]
         self._batches = batches
         self.optimizer = open_optimizer(self._parameters, train)
+        # What somebody's interrupted step has left there is no part of the first one.
+        self.optimizer.zero_grad(set_to_none=True)
         self.total = train.epochs * -(-batches // train.accumulate)
         """Steps of the whole run."""
         self.schedule = LambdaLR(self.optimizer, lambda step: learning_rate_factor(train, min(step / self.total, 1)))
@@ -109,11 +112,25 @@ class Stepper:
             self._scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self._parameters, self._train.clip_norm)
         self._scaler.step(self.optimizer)
+        scale = self._scaler.get_scale()
         self._scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
+        if self._scaler.get_scale() < scale:
+            # Gradients beyond float16: no weight was changed, so this was no step.
+            return
         self.schedule.step()
         if self._average is not None:
             self._average.update_parameters(self._student)
+
+    def require_finite(self) -> None:
+        """Looks at all that is trained, before it is kept.
+
+        Raises:
+            NonFiniteError: a weight is NaN or infinite.
+        """
+        if not all(bool(weight.isfinite().all()) for weight in self._parameters):
+            hint = "Lower train.lr; the last checkpoint is from the epoch before."
+            raise NonFiniteError("weights", "must stay finite", "NaN or inf", hint)
 
     @property
     def averaged(self) -> nn.Module:

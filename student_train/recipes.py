@@ -46,7 +46,7 @@ class TrainSpec(Strict):
     epochs: int = Field(gt=0)
     batch_size: int = Field(default=128, gt=0)
     optimizer: Literal["sgd", "adamw"] = "sgd"
-    lr: float = Field(default=0.1, gt=0)
+    lr: float = Field(default=0.1, gt=0, description="for sgd; adamw wants about a hundredth of the default")
     momentum: float = Field(default=0.9, ge=0, lt=1, description="sgd only; Nesterov's form")
     weight_decay: float = Field(default=5e-4, ge=0)
     schedule: Literal["cosine", "constant", "step", "one_cycle"] = "cosine"
@@ -54,7 +54,9 @@ class TrainSpec(Strict):
     step_factor: float = Field(default=0.1, gt=0, lt=1, description="`step`: what the rate is multiplied by there")
     warmup: float = Field(default=0.0, ge=0, lt=1, description="share of the run in which the rate rises from 0")
     clip_norm: float | None = Field(default=None, gt=0, description="longest gradient, of all weights together")
-    accumulate: int = Field(default=1, gt=0, description="batches whose gradients make one step")
+    accumulate: int = Field(
+        default=1, gt=0, description="batches whose gradients make one step, each counting the same"
+    )
     precision: Literal["float32", "bfloat16", "float16"] = Field(default="float32", description="by autocast")
     ema: float | None = Field(
         default=None, gt=0, lt=1, description="share that a running average of the weights keeps at each step"
@@ -78,6 +80,12 @@ class TrainSpec(Strict):
         told = {name for name in ("milestones", "step_factor") if getattr(self, name) != _default(type(self), name)}
         if told and self.schedule != "step":
             raise ValueError(f"`{min(told)}` is for `schedule: step`")
+        return self
+
+    @model_validator(mode="after")
+    def _of_its_optimizer(self) -> TrainSpec:
+        if self.optimizer == "adamw" and self.momentum != _default(type(self), "momentum"):
+            raise ValueError("`momentum` is for `optimizer: sgd`")
         return self
 
     @field_validator("milestones")
@@ -180,8 +188,19 @@ class ArmSpec(Strict):
         return {"objective": value} if isinstance(value, list | tuple) else value
 
 
+ArmName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_+-]{0,63}$")]
+"""Also the name of a folder, and in a picture."""
+
+
 class CompareSpec(RunSpec):
     """Several arms, each with every seed; equal seeds share initial weights and order."""
 
-    arms: dict[str, ArmSpec] = Field(min_length=2, description="the first is what others are held against")
-    seeds: tuple[int, ...] = Field(default=(0, 1, 2), min_length=2)
+    arms: dict[ArmName, ArmSpec] = Field(min_length=2, description="the first is what others are held against")
+    seeds: tuple[Annotated[int, Field(ge=0, lt=2**32)], ...] = Field(default=(0, 1, 2), min_length=2)
+
+    @field_validator("seeds")
+    @classmethod
+    def _each_once(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(seeds)) != len(seeds):
+            raise ValueError("must be different: a seed that is named twice is one run, and no second one")
+        return seeds

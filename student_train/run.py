@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -12,7 +14,7 @@ import torch
 from pydantic.fields import FieldInfo
 from torch import nn
 
-from student_train.board import write_board
+from student_train.board import require_board, write_board
 from student_train.checkpoint import save_model
 from student_train.evaluate import Measured, accuracy, measure
 from student_train.opening import Opened, open_data
@@ -21,8 +23,8 @@ from student_train.stream import ViewStream
 from student_train.students import open_student
 from student_train.term_specs import TermSpec, open_objective
 from student_train.together import world
-from student_train.train import FitResult, Log, fit, rehearse
-from teacher_cache.errors import SpecError
+from student_train.train import METRICS, FitResult, Log, fit, rehearse
+from teacher_cache.errors import NonFiniteError, SpecError
 from teacher_cache.fingerprint import fingerprint
 from teacher_cache.spec import NormalizeSpec
 from teacher_cache.teachers import resolve_device
@@ -43,6 +45,7 @@ def train_one(
         log: called with each epoch's entry.
     """
     student, objective = _student(spec, opened, seed), open_objective(terms)
+    _prepare_board(spec, folder)
     stream = open_stream(spec, opened, terms, seed)
     normalization = spec.normalize or opened.train.normalize
     device = resolve_device(spec.train.device)
@@ -64,6 +67,16 @@ def train_one(
     return result
 
 
+def _prepare_board(spec: RunSpec, folder: Path) -> None:
+    if not spec.tensorboard or not world().first:
+        return
+    require_board()
+    lines = (folder / METRICS).read_text().splitlines() if (folder / METRICS).exists() else []
+    if lines:
+        # A run that was killed after its checkpoint may not have written its last epoch here.
+        write_board(folder, json.loads(lines[-1]))
+
+
 def _log(spec: RunSpec, folder: Path, log: Log | None, entry: dict[str, float]) -> None:
     if spec.tensorboard:
         write_board(folder, entry)
@@ -80,13 +93,22 @@ def _evaluate(
         found["validation_accuracy"] = accuracy(model, opened.validation, normalization, device)
     if opened.validation is None or epoch == spec.train.epochs:
         found |= measure(model, opened.test, normalization, device, teacher=opened.teacher).named()
+    for name, value in found.items():
+        if not math.isfinite(value):
+            raise NonFiniteError(f"evaluate.{name}", "must be finite", value, "Lower train.lr.")
     return found
 
 
 def rehearse_one(spec: RunSpec, opened: Opened, terms: tuple[TermSpec, ...], seed: int) -> None:
     """Says what `train_one` would refuse, and trains nothing."""
     student, stream = _student(spec, opened, seed), open_stream(spec, opened, terms, seed)
-    rehearse(student, stream, open_objective(terms), spec.normalize or opened.train.normalize)
+    rehearse(
+        student,
+        stream,
+        open_objective(terms),
+        spec.normalize or opened.train.normalize,
+        compiled=spec.train.compile,
+    )
 
 
 def open_stream(spec: RunSpec, opened: Opened, terms: tuple[TermSpec, ...], seed: int) -> ViewStream:

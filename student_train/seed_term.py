@@ -11,9 +11,12 @@ from torch import Tensor, nn
 from student_train.answer import Answer
 from student_train.feature_terms import OfFeatures, as_field
 from student_train.losses import FeatureQueue, seed_loss
+from student_train.losses.teacher import dense_values
 from student_train.objective import Shapes, joined
 from student_train.stream import Batch
 from student_train.terms import require_positive
+from student_train.together import world
+from teacher_cache.encodings import DenseTarget
 from teacher_cache.errors import SpecError
 
 
@@ -78,5 +81,6 @@ class SEED(OfFeatures):
         return seed_loss(projected, target, beside.queue, self.student_temperature, self.teacher_temperature)
 
     def remember(self, batch: Batch, joint: nn.Module | None) -> None:
-        """Takes the batch's cached features into the queue."""
-        joined(joint, Queued, self.name).queue.push(batch.targets[self.field])
+        """Takes the batch's cached features into the queue, those of all processes: each has the same one."""
+        features_BD = dense_values(batch.targets[self.field], "seed_loss")
+        joined(joint, Queued, self.name).queue.push(DenseTarget(world().gathered(features_BD)))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
@@ -16,6 +17,7 @@ from student_train.transfer import one_ahead
 from student_train.view_order import ViewOrder
 from teacher_cache import Cache
 from teacher_cache.errors import MismatchError, SpecError
+from teacher_cache.fingerprint import content_digest, fingerprint
 
 __all__ = ["Batch", "Mixing", "Share", "ViewStream"]
 
@@ -25,6 +27,9 @@ _BEFORE: Mapping[str, Any] = {"views_per_decode": 1, "view_order": "epoch"}
 
 class ViewStream:
     """An iterable of batches; iterating once gives what is left of one epoch, then the next epoch begins.
+
+    There is one place where it is, which each batch that is taken moves on: an iterator that is left goes on with the
+    next one, and two at once would share the epoch. `peek` looks at a batch without taking it.
 
     Epoch e shows view e mod K of every row, K being the number of cached views, unless `view_order` says otherwise;
     with k `views_per_decode` it is one pass over the rows that shows each of them k times, the showings k·e to
@@ -72,16 +77,21 @@ class ViewStream:
                 compare with.
         """
         self.data: Rows = CachedRows(data) if isinstance(data, Cache) else data
-        self.data.require(fields)
+        self.fields = require_names(fields)
+        self.data.require(self.fields)
         share = share or Share()
+        if not 0 <= seed < 2**32:
+            raise SpecError("seed", "must be in 0..2³²−1", seed, "Choose another seed.")
         _require_views(self.data, views_per_decode, batch_size, check_views, view_order)
         size = batch_size // views_per_decode
         if size < 1 or (drop_last and size > len(self.data.alive)):
             rule = f"must be in 1..{len(self.data.alive) * views_per_decode}, the views of rows that have data"
             raise SpecError("batch_size", rule, batch_size, "Choose another batch size.")
         _require_share(share, size, views_per_decode, drop_last)
-        self.fields = tuple(fields)
         self.epoch, self.step = 0, 0
+        # Rows may be held out of the same data: which are there is a part of its identity.
+        rows = content_digest(np.ascontiguousarray(self.data.alive).data)
+        self._data = fingerprint("stream-data", 1, {"data": self.data.fingerprint, "alive": f"{rows:016x}"})
         self._drop_last = drop_last
         check = (2 if self.data.provable else 0) if check_views is None else check_views
         self._steps = Steps(self.data, self.fields, size, views_per_decode, shuffle, seed, check, view_order, share)
@@ -134,12 +144,18 @@ class ViewStream:
         Raises:
             MismatchError: the state is of a stream with another order, whose rest would be other batches.
         """
-        for name, ours in self._identity().items():
-            theirs = state.get(name, _BEFORE.get(name))
-            if theirs != ours:
-                hint = "Open the stream as it was opened then."
-                raise MismatchError(f"stream.{name}", f"must be {theirs}, as in the saved state", ours, hint)
-        self.epoch, self.step = int(state["epoch"]), int(state["step"])
+        ours = self._identity()
+        # What a state of an earlier release does not say was not asked then.
+        for name, value in {"data": ours["data"], **_BEFORE, **state}.items():
+            if name in ours and value != ours[name]:
+                hint = "Open the stream as it was opened then, over the same data."
+                raise MismatchError(f"stream.{name}", f"must be {value}, as in the saved state", ours[name], hint)
+        epoch, step = int(state["epoch"]), int(state["step"])
+        if epoch < 0 or not 0 <= step <= len(self):
+            hint = "Load what `state_dict` gave."
+            raise MismatchError("stream.step", f"must be in 0..{len(self)}, and the epoch not below 0", step, hint)
+        # After an epoch's last batch the next one begins.
+        self.epoch, self.step = (epoch + 1, 0) if step == len(self) else (epoch, step)
 
     def _identity(self) -> dict[str, Any]:
         return {
@@ -150,6 +166,7 @@ class ViewStream:
             "drop_last": self._drop_last,
             "shuffle": self._steps.shuffle,
             "rows": len(self.data.alive),
+            "data": self._data,
         }
 
 
@@ -160,12 +177,29 @@ def _require_views(data: Rows, together: int, batch_size: int, check_views: int 
     if batch_size % together:
         rule = f"must be a multiple of views_per_decode ({together})"
         raise SpecError("batch_size", rule, batch_size, "Choose another batch size.")
+    require_view_order(data, order)
+    if check_views is not None and check_views < 0:
+        raise SpecError("check_views", "must not be below 0", check_views, "Choose 0 for none.")
     if check_views and not data.provable:
         hint = "Leave it out: these are not the teacher's views, so there is nothing to compare with."
         raise SpecError("check_views", "needs the views that the teacher saw", check_views, hint)
+
+
+def require_view_order(data: Rows, order: ViewOrder) -> None:
+    """Refuses an order that does not exist, or that has nothing to order."""
+    if order not in get_args(ViewOrder):
+        known = ", ".join(get_args(ViewOrder))
+        raise SpecError("view_order", f"must be one of {known}", order, "Choose one of them.")
     if order != "epoch" and data.views is None:
         hint = "Leave it out: every showing of a row is a new view."
         raise SpecError("view_order", "needs a number of views to choose from", order, hint)
+
+
+def require_names(fields: Sequence[str]) -> tuple[str, ...]:
+    """The names of fields; one string would be taken for as many as it has letters."""
+    if isinstance(fields, str):
+        raise SpecError("fields", "must be a sequence of names", fields, f"Write fields=({fields!r},).")
+    return tuple(fields)
 
 
 def _require_share(share: Share, size: int, together: int, drop_last: bool) -> None:

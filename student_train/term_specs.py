@@ -128,6 +128,7 @@ class FeatureSpec(_OfFeatures):
 
     kind: Literal["feature"]
     distance: Literal["mse", "mae"] = "mse"
+    kernel: Literal[1, 3] = Field(default=1, description="of the convolution between two maps")
 
 
 class AttentionSpec(_OfFeatures):

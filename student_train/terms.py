@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -25,9 +26,22 @@ from teacher_cache.errors import SpecError
 
 
 def require_positive(name: str, value: float) -> None:
-    """Raises `SpecError` where a number is not above 0."""
-    if not value > 0:
-        raise SpecError(name, "must be above 0", value, "Choose another value.")
+    """Raises `SpecError` where a number is not above 0, or is infinite."""
+    if not (value > 0 and math.isfinite(value)):
+        raise SpecError(name, "must be above 0, and finite", value, "Choose another value.")
+
+
+def require_some(name: str, **weights: float) -> None:
+    """Raises `SpecError` where one of a term's own weights is below 0, or none is above."""
+    if min(weights.values()) < 0 or not 0 < sum(weights.values()) < math.inf:
+        rule = "must all be at least 0 and finite, one of them above 0"
+        raise SpecError(f"{name}.{', '.join(weights)}", rule, tuple(weights.values()), "Choose other values.")
+
+
+def require_one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raises `SpecError` where a word is none of those that mean something."""
+    if value not in choices:
+        raise SpecError(name, f"must be one of {', '.join(choices)}", value, "Choose one of them.")
 
 
 class OfOneField:
@@ -148,6 +162,10 @@ class DIST(OfOneField, OfLogits):
 
     name: ClassVar[str] = "dist"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_some(self.name, rows_weight=self.rows_weight, classes_weight=self.classes_weight)
+
     def __call__(self, answer: Answer, batch: Batch, *_: object) -> Tensor:
         target = batch.targets[self.field]
         return dist_loss(answer.logits_BC, target, self.temperature, self.rows_weight, self.classes_weight)
@@ -181,6 +199,10 @@ class DKD(OfOneField, OfLogits):
     name: ClassVar[str] = "dkd"
     needs_labels: ClassVar[bool] = True
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_some(self.name, label_weight=self.label_weight, others_weight=self.others_weight)
+
     def __call__(self, answer: Answer, batch: Batch, *_: object) -> Tensor:
         target, labels_B = batch.targets[self.field], own_labels(batch, self.name)
         return dkd_loss(answer.logits_BC, target, labels_B, self.temperature, self.label_weight, self.others_weight)
@@ -198,6 +220,11 @@ class NKD(OfOneField, OfLogits):
 
     name: ClassVar[str] = "nkd"
     needs_labels: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # The label's own part counts 1.
+        require_some(self.name, label=1.0, others_weight=self.others_weight)
 
     def __call__(self, answer: Answer, batch: Batch, *_: object) -> Tensor:
         target, labels_B = batch.targets[self.field], own_labels(batch, self.name)

@@ -6,7 +6,9 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from hashlib import blake2b
+from typing import TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
@@ -14,6 +16,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from student_train.steps import Share
 from teacher_cache.teachers import resolve_device
+
+T = TypeVar("T")
+_LONGEST = timedelta(hours=3)
+"""For which the others wait: while the first one evaluates, and while it writes."""
 
 
 @dataclass(frozen=True)
@@ -51,13 +57,21 @@ class World:
             distributed.all_reduce(table)
         return {name: (total, rows) for name, (total, rows) in zip(names, table.tolist(), strict=True)}
 
-    def told(self, values: Mapping[str, float]) -> Mapping[str, float]:
+    def told(self, found: T) -> T:
         """What the first process found, in all of them; the others wait for it."""
         if self.size == 1:
-            return values
-        box = [values]
+            return found
+        box = [found]
         distributed.broadcast_object_list(box, src=0)
         return box[0]
+
+    def gathered(self, rows_BD: Tensor) -> Tensor:
+        """The rows of all processes, in their order: those of the whole batch. No gradient passes."""
+        if self.size == 1:
+            return rows_BD
+        parts = [torch.empty_like(rows_BD) for _ in range(self.size)]
+        distributed.all_gather(parts, rows_BD.contiguous())
+        return torch.cat(parts)
 
     def reseed(self, seed: int, epoch: int) -> None:
         """Other random numbers in each process, for what a student draws: the first one's are those of a run alone."""
@@ -97,7 +111,7 @@ def joining(device: str) -> Iterator[World]:
     kind = resolve_device(device)
     if kind == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    distributed.init_process_group("nccl" if kind == "cuda" else "gloo")
+    distributed.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=_LONGEST)
     try:
         yield world()
     finally:

@@ -26,6 +26,7 @@ from teacher_cache.storage import write_atomic
 from teacher_cache.teachers import resolve_device
 from teacher_cache.views import normalize
 
+METRICS = "metrics.jsonl"
 Log = Callable[[dict[str, float]], None]
 Evaluate = Callable[[nn.Module, int], Mapping[str, float]]
 
@@ -55,12 +56,14 @@ def fit(
 
     Where several processes have joined (`together.joining`), each calls this with the same student and a stream of
     its own share; gradients are averaged over them, the first one evaluates, writes and logs, and all end alike.
+    What looks at a batch as a whole sees a process's own part: batch norm, and the terms that relate rows to each
+    other (`dist`, `relations`, `similarity`). The queue of `seed` is that of all.
 
     Args:
         student: images to logits.
         stream: must carry the fields that the objective reads.
         objective: the weighted terms.
-        train: optimiser, schedule, epochs.
+        train: optimiser, schedule, epochs. What it says of batches and workers is the stream's affair.
         normalization: of the student's input; the recipe's where not given.
         evaluate: called after every epoch with the student and the epoch's number; what it finds is reported, never
             used for a choice.
@@ -85,7 +88,7 @@ def fit(
         objective.join(_shapes(answer, objective, stream, normalization, device), device)
         learner = _parallel(together, Learner(student, answer, objective, normalization), objective, stream, device)
         stepper = Stepper(student, objective.parameters(), train, len(stream), device)
-        history = _resume(folder, run, student, objective, stepper, stream)
+        history = _resume(together, folder, run, student, objective, stepper, stream)
         while stream.epoch < train.epochs:
             student.train()
             together.reseed(seed, stream.epoch)
@@ -100,6 +103,7 @@ def fit(
             if evaluate is not None:
                 entry |= together.told(evaluate(stepper.averaged, stream.epoch) if together.first else {})
             history.append(entry)
+            stepper.require_finite()
             if folder is not None and together.first:
                 _keep(folder, run, student, objective, stepper, stream, history)
             if log is not None and together.first:
@@ -136,7 +140,12 @@ def _shapes(
 
 
 def rehearse(
-    student: nn.Module, stream: ViewStream, objective: Objective, normalization: NormalizeSpec | None = None
+    student: nn.Module,
+    stream: ViewStream,
+    objective: Objective,
+    normalization: NormalizeSpec | None = None,
+    *,
+    compiled: bool = False,
 ) -> None:
     """Computes every term once for the stream's next batch, and learns nothing: what does not fit is said here.
 
@@ -145,6 +154,7 @@ def rehearse(
         stream: stays where it is.
         objective: is joined to the student, with other random numbers than a run draws.
         normalization: of the student's input; the recipe's where not given.
+        compiled: whether the run will compile; nothing is compiled here.
 
     Raises:
         RequestError: fields, nodes, labels or targets are not what a term needs.
@@ -152,6 +162,7 @@ def rehearse(
     _check(objective, stream, world())
     normalization = normalization or stream.data.normalize
     batch = stream.peek()
+    objective.require_compilable(compiled)
     with torch.random.fork_rng(devices=[]), torch.no_grad(), objective.taps(student) as answer:
         objective.join(_shapes(answer, objective, stream, normalization, torch.device("cpu")))
         said = answer(normalize(batch.views_BCHW, normalization))
@@ -173,19 +184,33 @@ def _check(objective: Objective, stream: ViewStream, together: World) -> None:
 
 
 def _resume(
-    folder: Path | None, run: str, student: nn.Module, objective: Objective, stepper: Stepper, stream: ViewStream
+    together: World,
+    folder: Path | None,
+    run: str,
+    student: nn.Module,
+    objective: Objective,
+    stepper: Stepper,
+    stream: ViewStream,
 ) -> list[dict[str, float]]:
-    found = load_checkpoint(folder, run) if folder is not None else None
+    # The first process's folder counts: on another machine there may be none.
+    found = together.told(load_checkpoint(folder, run) if folder is not None and together.first else None)
     if found is None:
+        if (stream.epoch, stream.step) != (0, 0):
+            hint = "Open another stream for each run."
+            place = f"epoch {stream.epoch}, step {stream.step}"
+            raise SpecError("stream", "must be at its beginning where a run begins", place, hint)
         return []
     student.load_state_dict(found.student)
     objective.load_state_dict(found.objective)
     stepper.load_state_dict(vars(found))
     stream.load_state_dict(found.stream)
-    if world().first:
+    if together.first:
         torch.set_rng_state(found.generator)
         if found.cuda_generator is not None and torch.cuda.is_available():
             torch.cuda.set_rng_state(found.cuda_generator)
+    if folder is not None and together.first:
+        # A run that was killed between the checkpoint and these lines has one too few.
+        _write_metrics(folder, found.history)
     return list(found.history)
 
 
@@ -208,5 +233,9 @@ def _keep(
         cuda_generator=stepper.cuda_generator(),
     )
     save_checkpoint(folder, checkpoint)
+    _write_metrics(folder, history)
+
+
+def _write_metrics(folder: Path, history: list[dict[str, float]]) -> None:
     lines = "".join(json.dumps(entry) + "\n" for entry in history)
-    write_atomic(folder, "metrics.jsonl", lines.encode())
+    write_atomic(folder, METRICS, lines.encode())
