@@ -58,7 +58,7 @@ def _require_normalization(views: ViewSpec | None, ours: NormalizeSpec | None, w
     theirs = None if views is None or views.recipe is None else open_recipe(views).normalize
     if theirs is not None and theirs != ours:
         hint = "Leave `normalize` out there: students are measured with that of their training."
-        raise MismatchError(f"{where}.views.recipe.normalize", f"must be {ours}", theirs, hint)
+        raise SpecError(f"{where}.views.recipe.normalize", f"must be {ours}", theirs, hint)
 
 
 def _require_same_classes(train: Rows, test: Rows) -> None:

@@ -222,3 +222,49 @@ def test_the_first_views_alone_are_used(built: Path) -> None:
     assert frozen.fingerprint != CachedRows(tc.open(built)).fingerprint
     with pytest.raises(SpecError, match="first_views"):
         CachedRows(tc.open(built), first_views=99)
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [([0.6, 0.6], [0.5, 0.5]), ([0.7, 0.6], [0.6, 0.5])])
+def test_pairs_that_do_not_differ_say_nothing_of_chance(ours: list[float], theirs: list[float]) -> None:
+    """Two seeds on a small test set often end alike: an interval of no width is no certainty."""
+    found = difference("kd", ours, "ce", theirs)
+    assert found.mean == pytest.approx(0.1)
+    assert not found.spread
+    assert not found.significant
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"seeds": [0, 0]}, "must be different"),
+        ({"seeds": [-1, 0]}, "seeds"),
+        ({"arms": {"../out": [{"kind": "kd"}], "b": [{"kind": "kd"}]}}, "arms"),
+        ({"arms": {"result.json": [{"kind": "kd"}], "b": [{"kind": "kd"}]}}, "arms"),
+        ({"train": {"epochs": 1, "optimizer": "adamw", "momentum": 0.5}}, "momentum"),
+    ],
+)
+def test_comparisons_that_make_no_sense_are_refused(
+    change: dict[str, Any], said: str, built: Path, arrays: Path, tmp_path: Path
+) -> None:
+    described = compare_spec(tmp_path / "run", built, arrays).model_dump(mode="json")
+    with pytest.raises(RequestError, match=said):
+        parse(CompareSpec, {**described, **change}, "test")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"recipe": ["horizontal_flip"]}, r"evaluate\.views.*one view with nothing random"),
+        ({"recipe": [{"normalize": {"mean": [0.9], "std": [0.1]}}]}, r"evaluate\.views\.recipe\.normalize"),
+    ],
+)
+def test_what_cannot_be_measured_on_is_refused_before_anybody_trains(
+    change: dict[str, Any], said: str, built: Path, arrays: Path, tmp_path: Path
+) -> None:
+    """With rows held out the evaluation data comes last: its mistakes must not."""
+    described = compare_spec(tmp_path / "run", built, arrays).model_dump(mode="json")
+    evaluate = {"source": numpy_source(arrays), "views": change}
+    spec = parse(CompareSpec, {**described, "evaluate": evaluate, "validation": {"share": 0.3}}, "test")
+    with pytest.raises(RequestError, match=said):
+        compare(spec)
+    assert not (tmp_path / "run").exists()

@@ -107,3 +107,13 @@ def test_what_a_batch_cost_is_told(built: Path) -> None:
     for batch in ViewStream(tc.open(built), batch_size=4, workers=1):
         assert batch.spent is not None
         assert min(batch.spent.decode, batch.spent.view, batch.spent.target) > 0
+
+
+def test_what_is_no_row_number_is_refused(built: Path) -> None:
+    data = ViewDataset(tc.open(built))
+    for wrong in (1.7, [True, False][0:1] * 0, "1"):
+        with pytest.raises((TypeError, SpecError)):
+            data.__getitems__([wrong] if not isinstance(wrong, list) else wrong)
+    assert data[np.int64(3)].rows_B.tolist() == data[torch.tensor(3)].rows_B.tolist() == [3]
+    with pytest.raises(SpecError, match="whole batch"):
+        ViewDataset.collate([data[0], data[1]])

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from toy_builds import ROWS, expected_logits, numpy_source
 
 import teacher_cache as tc
-from student_train import Batch, ViewStream
-from student_train.data import LabelledRows
+from student_train import Batch, CachedRows, ViewStream
+from student_train.data import LabelledRows, only
 from teacher_cache.errors import MismatchError, SpecError, ViewMismatch
 from teacher_cache.spec import NumpySource, ViewSpec, parse
 
@@ -144,3 +144,33 @@ def test_labelled_rows_render_a_fresh_view_in_every_epoch(arrays: Path) -> None:
     assert (set(first.view_B), set(second.view_B)) == ({0}, {1})
     assert not torch.equal(first.views_BCHW, second.views_BCHW)
     assert first.rows_B.tolist() == second.rows_B.tolist() == list(range(ROWS))
+
+
+def test_a_state_of_other_data_is_refused(built: Path) -> None:
+    """As many rows are not the same rows, nor as many views the same views."""
+    cache = tc.open(built)
+    state = ViewStream(cache, batch_size=4).state_dict()
+    with pytest.raises(MismatchError, match=r"stream\.data"):
+        ViewStream(CachedRows(cache, first_views=1), batch_size=4).load_state_dict(state)
+    one, other = (only(CachedRows(cache), np.arange(20) + first) for first in (0, 3))
+    with pytest.raises(MismatchError, match=r"stream\.data"):
+        ViewStream(other, batch_size=4).load_state_dict(ViewStream(one, batch_size=4).state_dict())
+
+
+def test_after_an_epochs_last_batch_the_next_one_begins(built: Path) -> None:
+    stream = ViewStream(tc.open(built), batch_size=4)
+    states = [stream.state_dict() for _ in stream]
+    resumed = ViewStream(tc.open(built), batch_size=4)
+    resumed.load_state_dict(states[-1])
+    assert (resumed.epoch, resumed.step, len(list(resumed))) == (1, 0, 7)
+    with pytest.raises(MismatchError, match=r"stream\.step"):
+        resumed.load_state_dict({**states[-1], "step": 99})
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [({"view_order": "cyle"}, "epoch, cycle, random"), ({"fields": "logits"}, "sequence"), ({"seed": 2**32}, "seed")],
+)
+def test_arguments_that_mean_nothing_are_refused(wrong: dict[str, Any], said: str, built: Path) -> None:
+    with pytest.raises(SpecError, match=said):
+        ViewStream(tc.open(built), batch_size=4, **wrong)

@@ -16,7 +16,7 @@ from toy_builds import numpy_source
 from toy_students import Net, seeded, trained
 
 import teacher_cache as tc
-from student_train import Feature, Share, ViewStream
+from student_train import KD, Feature, Objective, Schedule, Share, ViewStream
 from student_train.learner import Learner, has_idle_parts
 from student_train.opening import open_data
 from student_train.recipes import FitSpec
@@ -30,6 +30,7 @@ from teacher_cache.teachers.weights import read_state_dict
 OBJECTIVE = [
     {"kind": "kd", "temperature": 2},
     {"kind": "cross_entropy", "weight": 0.1},
+    {"kind": "seed", "node": "maps", "field": "feature:stem", "queue": 20, "weight": 0.1},
     {"kind": "feature", "node": "maps", "field": "feature:stem", "weight": [[0, 1], [0.75, 1], [0.75, 0]]},
 ]
 
@@ -85,7 +86,15 @@ def test_two_processes_train_what_one_does_and_go_on_where_one_stopped(
     assert json.loads(said)["loss"] == history[-1]["loss"]
     assert len(history) == len(alone) == 4
     for ours, theirs in zip(alone, history, strict=True):
-        for name in ("loss", "kd", "cross_entropy", "accuracy", "lr", *(["feature"] if ours["epoch"] < 4 else [])):
+        for name in (
+            "loss",
+            "kd",
+            "cross_entropy",
+            "seed",
+            "accuracy",
+            "lr",
+            *(["feature"] if ours["epoch"] < 4 else []),
+        ):
             assert theirs[name] == pytest.approx(ours[name], rel=1e-4), (ours["epoch"], name)
     one, other = (read_state_dict(str(tmp_path / name / "model.safetensors")) for name in ("alone", "both"))
     for name, value in one.items():
@@ -209,3 +218,26 @@ def test_the_time_split_adds_up(built: Path) -> None:
         assert min(parts[:2]) > 0
         assert entry["seconds"] == pytest.approx(entry["data_seconds"] + entry["step_seconds"])
         assert sum(parts) <= entry["data_seconds"], "without workers, making batches is waiting for them"
+
+
+def test_a_copy_of_a_compiled_student_that_is_listened_to_is_a_plain_student(
+    built: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The running average is such a copy: its hooks find a listener who is not listening."""
+    monkeypatch.setattr(torch, "compile", lambda student: torch._dynamo.optimize("aot_eager")(student))
+    terms = [CrossEntropy(), Feature(node="maps", field="feature:stem")]
+    history, _, _ = trained(terms, built, epochs=1, compile=True, ema=0.9)
+    assert len(history) == 1
+
+
+def test_what_is_differentiated_twice_is_not_compiled(built: Path) -> None:
+    from student_train import Saliency
+
+    with pytest.raises(SpecError, match=r"train\.compile"):
+        Objective([Saliency()]).taps(Net(), compiled=True)
+
+
+def test_a_term_that_comes_and_goes_is_not_always_there() -> None:
+    """With or without something that is trained beside it: parts of the student may be read by it alone."""
+    assert Objective([CrossEntropy()]).always
+    assert not Objective([CrossEntropy(), KD(weight=Schedule(((0, 1), (0.5, 0))))]).always

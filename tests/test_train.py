@@ -12,8 +12,10 @@ import pytest
 import torch
 from toy_builds import numpy_source, toy_spec
 
+import student_train
 import teacher_cache as tc
 from student_train import KD, Batch, CrossEntropy, Objective, TrainSpec, ViewStream, fit
+from student_train import terms as tc_terms
 from student_train.checkpoint import load_checkpoint, save_model
 from student_train.evaluate import accuracy
 from student_train.opening import open_data
@@ -273,3 +275,86 @@ def test_terms_that_keep_something_are_configured_and_go_on(arrays: Path, tmp_pa
     a, b = (read_state_dict(str(tmp_path / name / "model.safetensors")) for name in ("whole", "stopped"))
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert {name.split(".")[0] for name in a} == {"first", "second", "head"}
+
+
+def test_another_normalisation_is_another_run(built: Path, arrays: Path, tmp_path: Path) -> None:
+    """Views of the student's own bring it along; a checkpoint of the one must not go on with the other."""
+    names = set()
+    for mean in (0.5, 0.1):
+        views = {"recipe": [{"normalize": {"mean": [mean], "std": [0.5]}}]}
+        spec = fit_spec(tmp_path, built, arrays, data={"cache": str(built), "views": views})
+        names.add(_run_fingerprint(spec, open_data(spec), spec.objective, 0))
+    assert len(names) == 2
+
+
+class TestWhereARunBegins:
+    def test_a_stream_that_was_used_is_refused(self, built: Path) -> None:
+        stream = ViewStream(tc.open(built), batch_size=8)
+        fit(open_student(SMALL, 10, 1, seed=0), stream, Objective([KD()]), TRAIN)
+        with pytest.raises(SpecError, match="must be at its beginning"):
+            fit(open_student(SMALL, 10, 1, seed=0), stream, Objective([KD()]), TRAIN)
+
+    def test_gradients_that_were_left_are_no_part_of_the_first_step(self, built: Path) -> None:
+        ends = []
+        for left in (False, True):
+            student = open_student(SMALL, 10, 1, seed=0)
+            if left:
+                for weight in student.parameters():
+                    weight.grad = torch.ones_like(weight)
+            fit(student, ViewStream(tc.open(built), batch_size=8), Objective([KD()]), TRAIN)
+            ends.append(weights(student))
+        assert torch.equal(*ends)
+
+    def test_the_metrics_are_those_of_the_checkpoint(self, built: Path, arrays: Path, tmp_path: Path) -> None:
+        """As after a kill between the one and the other."""
+        spec = fit_spec(tmp_path, built, arrays)
+        train_one(spec, open_data(spec), spec.objective, 0, tmp_path)
+        whole = (tmp_path / "metrics.jsonl").read_text()
+        (tmp_path / "metrics.jsonl").write_text("".join(whole.splitlines(keepends=True)[:1]))
+        train_one(spec, open_data(spec), spec.objective, 0, tmp_path)
+        assert (tmp_path / "metrics.jsonl").read_text() == whole
+
+
+def test_weights_that_are_not_finite_are_not_kept(built: Path, tmp_path: Path) -> None:
+    """The last step of an epoch can break them after its loss was fine."""
+
+    def poison(student: torch.nn.Module, _epoch: int) -> dict[str, float]:
+        with torch.no_grad():
+            next(student.parameters()).fill_(float("nan"))
+        return {}
+
+    with pytest.raises(NonFiniteError, match="weights"):
+        fit(
+            open_student(SMALL, 10, 1, seed=0),
+            ViewStream(tc.open(built), batch_size=8),
+            Objective([KD()]),
+            TRAIN,
+            evaluate=poison,
+            folder=tmp_path,
+            run="test",
+        )
+    assert not (tmp_path / "checkpoint.pt").exists()
+
+
+def test_weights_that_are_shared_can_be_saved(tmp_path: Path) -> None:
+    shared = torch.nn.Linear(3, 3)
+    student = torch.nn.Sequential(shared, torch.nn.ReLU(), shared)
+    state = read_state_dict(str(save_model(tmp_path, student)))
+    assert all(torch.equal(state[name], value) for name, value in student.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: KD(temperature=float("inf")),
+        lambda: tc_terms.DIST(rows_weight=0, classes_weight=0),
+        lambda: tc_terms.DKD(label_weight=-1, others_weight=0),
+        lambda: tc_terms.NKD(others_weight=-1),
+        lambda: student_train.Feature(node="a", field="b", distance="l2"),  # type: ignore[arg-type]
+        lambda: student_train.Feature(node="a", field="b", kernel=2),  # type: ignore[arg-type]
+        lambda: student_train.EnsembleKD(fields=("a", "b"), mean_of="median"),  # type: ignore[arg-type]
+    ],
+)
+def test_terms_that_make_no_sense_are_refused(make: Any) -> None:
+    with pytest.raises(SpecError):
+        make()
