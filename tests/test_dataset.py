@@ -24,6 +24,11 @@ def belongs_together(batch: Batch, cache: tc.Cache) -> bool:
     return right and np.array_equal(batch.labels_B, cache.labels[batch.rows_B])
 
 
+ZARR = pytest.mark.parametrize("built", ["zarr"], indirect=True)
+"""Where the store has no part in it."""
+
+
+@ZARR
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_loader_of_ones_own(built: Path, workers: int) -> None:
     """Workers that live through both epochs see the second one's view."""
@@ -103,8 +108,9 @@ def test_a_gpu_gets_the_same_batches(built: Path) -> None:
         assert torch.equal(there.targets["logits"].dense().values.cpu(), here.targets["logits"].dense().values)
 
 
+@ZARR
 def test_what_a_batch_cost_is_told(built: Path) -> None:
-    for batch in ViewStream(tc.open(built), batch_size=4, workers=1):
+    for batch in ViewStream(tc.open(built), batch_size=4):
         assert batch.spent is not None
         assert min(batch.spent.decode, batch.spent.view, batch.spent.target) > 0
 

@@ -1063,7 +1063,7 @@ class TestReading:
 
     def test_a_stream_of_a_field_with_fewer_views(self, grown_cache: Path) -> None:
         """It is refused before the first batch, not in the epoch that has no answers; never another view's answer."""
-        with pytest.raises(MismatchError, match=r"other/logits: must have all 3 views of the cache \(found: 2\)"):
+        with pytest.raises(MismatchError, match=r"other/logits: must have the 3 views that are read \(found: 2\)"):
             ViewStream(tc.open(grown_cache), batch_size=14, fields=["logits", "other/logits"])
         with pytest.raises(HoleError, match="other/logits, view 2"):
             tc.open(grown_cache).read("other/logits", 2, [0])

@@ -48,6 +48,10 @@ def described(run: Path, built: Path, arrays: Path) -> dict[str, Any]:
     }
 
 
+ZARR = pytest.mark.parametrize("built", ["zarr"], indirect=True)
+"""Where the store has no part in it."""
+
+
 def launch(config: Path, processes: int = 2) -> str:
     """`torchrun`, as a user would; what was written on standard output."""
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
@@ -72,6 +76,7 @@ def written(run: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+@ZARR
 def test_two_processes_train_what_one_does_and_go_on_where_one_stopped(
     built: Path, arrays: Path, tmp_path: Path
 ) -> None:
@@ -134,6 +139,7 @@ def test_a_stream_of_another_share_is_refused(built: Path) -> None:
         fit(Net(), stream, Objective([CrossEntropy()]), TrainSpec(epochs=1, device="cpu"))
 
 
+@ZARR
 @pytest.mark.parametrize(("idle", "expected"), [(True, True), (False, False)])
 def test_idle_weights_are_found_and_nothing_is_left_of_the_trial(built: Path, idle: bool, expected: bool) -> None:
     """`Net` has a layer that nothing runs through."""
@@ -152,6 +158,7 @@ def test_idle_weights_are_found_and_nothing_is_left_of_the_trial(built: Path, id
     assert net.training
 
 
+@ZARR
 class TestCompiled:
     """`torch.compile` makes the forward pass; the student stays the plain module."""
 
@@ -182,6 +189,7 @@ class TestCompiled:
         assert [entry["loss"] for entry in history] == pytest.approx([entry["loss"] for entry in plain], rel=1e-4)
 
 
+@ZARR
 class TestDeterministic:
     def test_it_holds_for_the_run_and_no_longer(self, built: Path) -> None:
         seen = []
@@ -195,6 +203,7 @@ def _now() -> bool:
     return torch.are_deterministic_algorithms_enabled()
 
 
+@ZARR
 def test_metrics_can_be_read_by_tensorboard(built: Path, arrays: Path, tmp_path: Path) -> None:
     """Also of a run that was stopped: each epoch is there once."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -211,6 +220,7 @@ def test_metrics_can_be_read_by_tensorboard(built: Path, arrays: Path, tmp_path:
         assert points == [(entry["epoch"], pytest.approx(entry[name])) for entry in history]
 
 
+@ZARR
 def test_the_time_split_adds_up(built: Path) -> None:
     history, _, _ = trained([CrossEntropy()], built)
     for entry in history:
