@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AwareDatetime, Field, StringConstraints
+from pydantic import AwareDatetime, Field, StringConstraints, model_validator
 
 from services.policy import Policy
 from services.state_folder import StateFolder, write_private
@@ -43,6 +43,16 @@ class KeyFile(Strict):
 
     format: Literal[1] = 1
     keys: dict[KeyName, Key] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _distinct(self) -> KeyFile:
+        first: dict[str, str] = {}
+        for name, key in self.keys.items():
+            # A copied entry would let a key live on that was revoked under its other name.
+            other = first.setdefault(key.hmac_sha256, name)
+            if other != name:
+                raise SpecError("keys", f"must differ; this one is also {other}", name, "Make a key for each name.")
+        return self
 
 
 def digest(secret: bytes, key: bytes) -> str:

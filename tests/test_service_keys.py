@@ -140,6 +140,8 @@ BROKEN = {
     "another format": '{"format": 2}',
     "an unknown limit": '{"keys": {"a": {"hmac_sha256": "%s", "created": "2026-01-01T00:00:00Z", '
     '"policy": {"image_per_day": 3}}}}' % ("0" * 64),
+    "one key under two names": '{"keys": {"a": %s, "b": %s}}'
+    % (('{"hmac_sha256": "%s", "created": "2026-01-01T00:00:00Z"}' % ("0" * 64),) * 2),
     "a key in the clear": '{"keys": {"a": {"key": "ts_1", "created": "2026-01-01T00:00:00Z"}}}',
 }
 

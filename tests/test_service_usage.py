@@ -276,6 +276,14 @@ def test_a_file_keeps_what_was_committed(tmp_path: Path) -> None:
     file.close()
 
 
+def test_a_commit_waits_for_the_disk(tmp_path: Path) -> None:
+    """That it does is SQLite's; here is only that it was asked to. In WAL mode its default would not be enough."""
+    file = UsageFile(tmp_path / "usage.sqlite")
+    assert file._database.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    assert file._database.execute("PRAGMA synchronous").fetchone() == (2,)
+    file.close()
+
+
 @pytest.mark.parametrize("content", [b"no database at all, but long enough to be read as one", None])
 def test_a_file_that_is_none_is_refused(tmp_path: Path, content: bytes | None) -> None:
     path = tmp_path / "usage.sqlite"
