@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+from collections.abc import Callable
 
 from fastapi import Request
 from torch import Tensor
@@ -43,25 +44,33 @@ def require(books: Books, visit: Visit, asked: Asked) -> None:
         raise
 
 
-async def admit(request: Request, books: Books, asked: Asked, views_BCHW: Tensor) -> None:
+async def admit(
+    request: Request, books: Books, asked: Asked, images: int, digests: Callable[[], frozenset[bytes]]
+) -> None:
     """The one door before compute: a request that is parsed may go on, and what it costs is set aside.
 
     The gate settles when the answer leaves, and gives back when none does.
+
+    Args:
+        request: its visit is filled in.
+        books: where its key's budgets are.
+        asked: all that it asks for.
+        images: how many.
+        digests: of the distinct ones among them; called in another thread, where the policy counts them.
 
     Raises:
         Problem: 403 for what the key may never have, 429 with Retry-After for a budget that will have room again.
     """
     visit, caller = visit_of(request), caller_of(request)
-    visit.teacher, visit.images, visit.outputs = asked.teacher, len(views_BCHW), asked.outputs
+    visit.teacher, visit.images, visit.outputs = asked.teacher, images, asked.outputs
     require(books, visit, asked)
-    digests: frozenset[bytes] = frozenset()
-    if caller.policy.distinct_images is not None:
-        digests = await asyncio.to_thread(image_digests, views_BCHW)
+    counted = caller.policy.distinct_images is not None
+    found = await asyncio.to_thread(digests) if counted else frozenset[bytes]()
     try:
-        await books.reserve(visit, Ticket(caller.name, caller.policy, len(views_BCHW), digests))
+        await books.reserve(visit, Ticket(caller.name, caller.policy, images, found))
     except OverBudget as over:
         visit.limit = over.limit
-        value = f"{len(views_BCHW)} asked, {over.left}"
+        value = f"{images} asked, {over.left}"
         if over.retry_after is None:
             hint = "Waiting does not help: ask for fewer, or for another key."
             raise Problem(403, over.limit, over.rule, value, hint) from None

@@ -6,6 +6,7 @@ import asyncio
 import math
 import time
 from dataclasses import replace
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
@@ -13,7 +14,7 @@ from fastapi.responses import JSONResponse
 from torch import Tensor
 
 from services import answers, images, wire
-from services.admission import admit, caller_of, require, visit_of
+from services.admission import admit, caller_of, image_digests, require, visit_of
 from services.batching import Batcher
 from services.headers import answers_tensors, deadline_of, media_type_of, names_digest
 from services.options import OptionError, PredictOptions, Wanted, resolve
@@ -87,7 +88,8 @@ async def predict(name: str, request: Request, options: Annotated[PredictOptions
     try:
         async with asyncio.timeout(None if deadline == math.inf else deadline - time.monotonic()):
             views_BCHW, resized = await _views(request, service.settings, served, batcher, media_type)
-            await admit(request, service.books, Asked.predict(name, wanted), views_BCHW)
+            asked, digests = Asked.predict(name, wanted), partial(image_digests, views_BCHW)
+            await admit(request, service.books, asked, len(views_BCHW), digests)
             found = await _ask(request, batcher, views_BCHW, wanted, deadline)
     except (TimeoutError, Expired):
         hint = "Allow more time, or send fewer images."

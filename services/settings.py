@@ -21,7 +21,7 @@ class Settings(Strict):
     host: str = Field(default="127.0.0.1", description="address to bind")
     port: int = Field(default=8000, ge=0, lt=2**16, description="0 takes a free one")
     api_key: SecretStr | None = Field(default=None, description="bearer key; None leaves loopback open")
-    state: Path | None = Field(default=None, description="folder of keys, usage and audit; see `teacher-serve keys`")
+    state: Path | None = Field(default=None, description="folder of keys, usage and audit, on a disk of this machine")
     max_body_bytes: int = Field(default=64 * 2**20, gt=0, description="bytes of one request's body")
     max_images: int = Field(default=1024, gt=0, description="images in one request")
     max_pixels: int = Field(default=2**25, gt=0, description="width × height of one encoded image")

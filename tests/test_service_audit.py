@@ -185,7 +185,9 @@ def test_the_chain_goes_on_in_a_new_file_when_one_is_moved_away(tmp_path: Path, 
             audit.append({"key": key})
             audit.append({"key": key})
             audit.commit()
+            assert path.exists()
         audit.close()
+        assert old.read_bytes().count(b"\n") == 3
     else:
         path.rename(old)
     write(path, 2, 5)
