@@ -187,6 +187,20 @@ def test_an_image_counts_once_in_a_lifetime() -> None:
         assert (found.distinct_images, found.distinct_images_left, found.images) == (3, 0, 4)
 
 
+def test_an_image_that_is_answered_while_it_is_under_way_again_counts_once() -> None:
+    policy = Policy(distinct_images=3)
+    with memory() as usage:
+        one, two, third, fourth = (
+            Ticket("a", policy, len(digests), frozenset(digests)) for digests in ({b"1"}, {b"1", b"2"}, {b"3"}, {b"4"})
+        )
+        usage.reserve(one, NOON)
+        usage.reserve(two, NOON)
+        usage.settle(one)
+        assert usage.report("a", policy, NOON).distinct_images_left == 1
+        assert accepted(usage, third)
+        assert not accepted(usage, fourth)
+
+
 STEPS = st.lists(
     st.tuples(
         st.sampled_from(["reserve", "settle", "release", "commit", "rollback"]), st.sets(st.integers(0, 4), max_size=3)
