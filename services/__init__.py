@@ -1,6 +1,11 @@
 """The same teachers over HTTP, for people who may have the answers but not the weights.
 
-A request's way: `app` (identity of the request, policy, problems) → `routes` → `wire` or `images` (bytes to
-views) → `batching` (the model in its own thread) → `answers` (temperature and k) → `wire` or JSON. `client` is
-the other side: for people, and for a precompute job whose teacher is elsewhere.
+A request's way: `app` (its id, whose key it brings, problems) → `routes` → `wire` or `images` (bytes to views) →
+`admission` (policy and budgets) → `batching` (the model in its own thread) → `answers` (temperature, k, rounding) →
+`wire` or JSON → `app` (what it cost is paid, and the audit has its line). `client` is the other side: for people, and
+for a precompute job whose teacher is elsewhere.
+
+Who asks: `keys` (the file) and `identity` (the door), `policy` (what a key may ask), `usage` and `usage_file` (what it
+has spent), `audit*` (what became of it), all of them opened by `books` in one `state_folder`, and each written by a
+`scribe`, so that the event loop never waits for a disk. `commands` is for whoever runs the server.
 """

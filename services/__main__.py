@@ -1,7 +1,8 @@
-"""`teacher-serve CONFIG`: serves the teacher of a build's configuration."""
+"""`teacher-serve CONFIG`: serves the teacher of a build's configuration. `keys` and `audit` are beside it."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -10,13 +11,16 @@ import socket
 import threading
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 import uvicorn
 import yaml
+from typer.core import TyperGroup
 
 from services.app import create_app
+from services.books import Books
+from services.commands import audit, keys
 from services.settings import Settings
 from services.state import Service
 from services.teachers import open_served
@@ -27,6 +31,15 @@ from teacher_cache.spec import load_spec, parse
 
 _SERVICE = "service."
 _DRAIN_LIMIT = 30
+
+
+class _ServeUnlessSaid(TyperGroup):
+    """`teacher-serve CONFIG` is `teacher-serve serve CONFIG`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """As click does it, with the command filled in."""
+        named = bool(args) and (args[0] in self.commands or args[0] == "--help")
+        return super().parse_args(ctx, args if named else ["serve", *args])
 
 
 class _Server(uvicorn.Server):
@@ -62,17 +75,24 @@ def serve(
     ] = None,
     host: Annotated[str, typer.Option(help="Address; beyond loopback a key is needed.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port; 0 takes a free one.")] = 8000,
+    state: Annotated[
+        Path | None,
+        typer.Option(help="Folder of keys, usage and audit (`teacher-serve keys`); nobody comes in without one."),
+    ] = None,
     name: Annotated[str | None, typer.Option(help="Last part of the URL; default: teacher.name.")] = None,
 ) -> None:
-    """Serves a teacher's answers over HTTP, without its weights. The key is read from TEACHER_API_KEY."""
+    """Serves a teacher's answers over HTTP, without its weights.
+
+    One key that may ask everything is read from TEACHER_API_KEY; others, with limits, are in the --state folder.
+    """
     given = overrides or []
-    settings = _settings(given, host, port)
+    settings = _settings(given, host, port, state)
     ours = [item for item in given if not item.startswith(_SERVICE)]
     named = [] if name is None else [f"teacher.name={json.dumps(name)}"]
     spec = load_spec(config, [*ours, *named])
-    with _bind(settings) as listener:
+    with _bind(settings) as listener, contextlib.closing(Books(settings)) as books:
         served = open_served(spec)
-        app = create_app({served.name: served}, settings)
+        app = create_app({served.name: served}, settings, books)
         address = f"[{host}]" if ":" in host else host
         url = f"http://{address}:{listener.getsockname()[1]}/{served.name}"
         print(f"serving {served.name}, digest {served.digest}, at {url}", flush=True)
@@ -87,7 +107,7 @@ def serve(
         _Server(server, app.state.service).run(sockets=[listener])
 
 
-def _settings(overrides: list[str], host: str, port: int) -> Settings:
+def _settings(overrides: list[str], host: str, port: int, state: Path | None) -> Settings:
     """The flags, `--set service.KEY=VALUE`, and the key from the environment."""
     given: dict[str, object] = {}
     for override in overrides:
@@ -96,11 +116,11 @@ def _settings(overrides: list[str], host: str, port: int) -> Settings:
         name, sign, value = override.removeprefix(_SERVICE).partition("=")
         if not sign:
             raise SpecError("--set", "must be KEY=VALUE", override, "For example service.max_images=64.")
-        if name in ("host", "port", "api_key"):
-            hint = "Use --host, --port, and the variable TEACHER_API_KEY."
+        if name in ("host", "port", "api_key", "state"):
+            hint = "Use --host, --port, --state, and the variable TEACHER_API_KEY."
             raise SpecError("--set", "must name a limit", f"{_SERVICE}{name}", hint)
         given[name] = yaml.safe_load(value)
-    given |= {"host": host, "port": port, "api_key": os.environ.get(KEY_VARIABLE)}
+    given |= {"host": host, "port": port, "state": state, "api_key": os.environ.get(KEY_VARIABLE)}
     return parse(Settings, given, "the command line")
 
 
@@ -131,8 +151,10 @@ def _bind(settings: Settings) -> socket.socket:
 
 def main() -> NoReturn:
     """Entry point of `teacher-serve`."""
-    command = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    command = typer.Typer(cls=_ServeUnlessSaid, add_completion=False, pretty_exceptions_enable=False)
     command.command()(serve)
+    command.add_typer(keys, name="keys")
+    command.add_typer(audit, name="audit")
     console.sys_path_here()
     console.run(command, "Nothing is lost: every answer that was begun was given.")
 

@@ -33,6 +33,8 @@ class Wanted:
     """1..C for `topk`, else 0."""
     temperature: float
     fields: tuple[str, ...]
+    rounding: float | None = None
+    """Step of every floating value of the answer; the key's policy sets it, not the query."""
 
 
 class OptionError(ValueError):

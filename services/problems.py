@@ -71,6 +71,12 @@ def internal() -> Problem:
     return Problem(500, "server", "could not answer", "an internal error", hint)
 
 
+def unrecorded() -> Problem:
+    """The books could not be written, so nothing is answered; what is wrong with the disk is in the server's log."""
+    hint = "Whoever runs this server has to see to its disk."
+    return Problem(503, "server", "must record an answer before it leaves", "it cannot", hint, {"Retry-After": "10"})
+
+
 def install(app: FastAPI) -> None:
     """Makes every refusal a problem, including those of the framework."""
     app.add_exception_handler(Problem, _problem)

@@ -1,10 +1,12 @@
-"""The endpoints: the probes, the cards, and predict."""
+"""The endpoints: the probes, the cards, what a key has used, and predict."""
 
 from __future__ import annotations
 
 import asyncio
 import math
 import time
+from dataclasses import replace
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
@@ -12,11 +14,13 @@ from fastapi.responses import JSONResponse
 from torch import Tensor
 
 from services import answers, images, wire
+from services.admission import admit, caller_of, image_digests, require, visit_of
 from services.batching import Batcher
 from services.headers import answers_tensors, deadline_of, media_type_of, names_digest
 from services.options import OptionError, PredictOptions, Wanted, resolve
+from services.policy import Asked
 from services.problems import Problem
-from services.schemas import Predictions, Probe, TeacherCard, TeacherList
+from services.schemas import Predictions, Probe, TeacherCard, TeacherList, UsageReport
 from services.settings import Settings
 from services.state import Service
 from services.teachers import ServedTeacher
@@ -42,21 +46,29 @@ async def readyz(request: Request) -> Probe:
 
 @router.get("/v1/teachers")
 async def teachers(request: Request) -> TeacherList:
-    """The cards of all teachers."""
-    service = _service(request)
-    return TeacherList(teachers=tuple(one.card(service.settings) for one in service.teachers.values()))
+    """The cards of all teachers that this key may ask."""
+    service, policy = _service(request), caller_of(request).policy
+    allowed = [one for one in service.teachers.values() if policy.teachers is None or one.name in policy.teachers]
+    return TeacherList(teachers=tuple(one.card(service.settings, policy) for one in allowed))
+
+
+@router.get("/v1/usage")
+async def usage(request: Request) -> UsageReport:
+    """What this key has used, and what is left of its budgets."""
+    return await _service(request).books.report(caller_of(request))
 
 
 @router.get("/v1/teachers/{name}", response_model=TeacherCard)
 async def card(name: str, request: Request) -> Response:
     """One card; its ETag is the teacher's digest."""
     service = _service(request)
-    served = _teacher(service, name)
+    served = _teacher(request, service, name)
     headers = {"ETag": f'"{served.digest}"'}
     known = request.headers.get("if-none-match")
     if known is not None and names_digest("If-None-Match", known, served.digest, weak=True):
         return Response(status_code=304, headers=headers)
-    return JSONResponse(served.card(service.settings).model_dump(mode="json"), headers=headers)
+    found = served.card(service.settings, caller_of(request).policy)
+    return JSONResponse(found.model_dump(mode="json"), headers=headers)
 
 
 @router.post("/v1/teachers/{name}/predict", response_model=Predictions)
@@ -64,7 +76,7 @@ async def predict(name: str, request: Request, options: Annotated[PredictOptions
     """One image, or a safetensors body of many, to logits, probabilities, the top k, or features."""
     arrived = time.monotonic()
     service = _service(request)
-    served, batcher = _teacher(service, name), service.batchers[name]
+    served, batcher = _teacher(request, service, name), service.batchers[name]
     media_type = media_type_of(request)
     tensors = answers_tensors(request, media_type)
     wanted = _wanted(request, options, served, tensors)
@@ -76,6 +88,8 @@ async def predict(name: str, request: Request, options: Annotated[PredictOptions
     try:
         async with asyncio.timeout(None if deadline == math.inf else deadline - time.monotonic()):
             views_BCHW, resized = await _views(request, service.settings, served, batcher, media_type)
+            asked, digests = Asked.predict(name, wanted), partial(image_digests, views_BCHW)
+            await admit(request, service.books, asked, len(views_BCHW), digests)
             found = await _ask(request, batcher, views_BCHW, wanted, deadline)
     except (TimeoutError, Expired):
         hint = "Allow more time, or send fewer images."
@@ -91,7 +105,9 @@ def _service(request: Request) -> Service:
     return service
 
 
-def _teacher(service: Service, name: str) -> ServedTeacher:
+def _teacher(request: Request, service: Service, name: str) -> ServedTeacher:
+    # First: a key that may ask some teachers only learns nothing of others, not even whether they are there.
+    require(service.books, visit_of(request), Asked(teacher=name))
     if name not in service.teachers:
         hint = f"Served here: {', '.join(service.teachers)}."
         raise Problem(404, "teacher", "must be one that is served here", name, hint)
@@ -104,9 +120,10 @@ def _wanted(request: Request, options: PredictOptions, served: ServedTeacher, te
     if twice is not None:
         raise Problem(400, twice, "must be given once", f"{names.count(twice)} times", "Give it once.")
     try:
-        return resolve(options, dict(served.field_shapes), tensors)
+        wanted = resolve(options, dict(served.field_shapes), tensors)
     except OptionError as error:
         raise Problem(400, error.field, error.rule, error.value, error.hint) from None
+    return replace(wanted, rounding=caller_of(request).policy.rounding)
 
 
 async def _views(

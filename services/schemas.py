@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -52,13 +53,32 @@ class NumericsCard(Body):
     device: str
 
 
+class SpanCard(Body):
+    """From `low` to `high`, both allowed."""
+
+    low: float
+    high: float
+
+
 class LimitsCard(Body):
-    """What one request may ask for."""
+    """What one request may ask for: of this server, then of this key; there, None is no limit."""
 
     images: int
     body_bytes: int
     pixels: int
     temperature: tuple[float, float] = (MIN_TEMPERATURE, MAX_TEMPERATURE)
+    by_id_only: bool = False
+    """Images are not taken."""
+    largest_k: int | None = None
+    temperatures: tuple[float, ...] | SpanCard | None = None
+    rounding: float | None = None
+    """Every floating value of an answer is a multiple of it; so the values are not, bit for bit, the teacher's."""
+    images_per_second: float | None = None
+    images_per_day: int | None = None
+    """From 00:00 to 24:00 UTC."""
+    distinct_images: int | None = None
+    datasets: tuple[str, ...] | None = None
+    expires: datetime | None = None
 
 
 class TeacherCard(Body):
@@ -83,6 +103,24 @@ class TeacherList(Body):
     teachers: tuple[TeacherCard, ...]
 
 
+class UsageReport(Body):
+    """`GET /v1/usage`: answered images only. What is left is None where there is no limit."""
+
+    key: str
+    requests: int
+    images: int
+    images_under_way: int
+    """Asked for today and not answered yet; not left, until they fail."""
+    day: str
+    """In UTC."""
+    images_today: int
+    images_today_left: int | None
+    images_per_second: float | None
+    distinct_images: int | None
+    """None where they are not limited, and so not counted."""
+    distinct_images_left: int | None
+
+
 class Predictions(Body):
     """A JSON answer; a number that is not finite is null."""
 
@@ -92,6 +130,8 @@ class Predictions(Body):
     temperature: float
     resized: bool
     """Whether the image was resized and cropped to the teacher's input."""
+    rounding: float | None = None
+    """Step of every number of `values` and `tail_logmass`, where this key's answers are rounded."""
     values: list[list[float | None]]
     """[B, C], or [B, K] log-probabilities, sorted down, for `topk`."""
     indices: list[list[int]] | None = None

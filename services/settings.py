@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+from pathlib import Path
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 
@@ -14,12 +15,13 @@ class Settings(Strict):
     """One server's settings; impossible ones are refused at birth.
 
     Raises:
-        SpecError: an address beyond loopback without a key, or limits that contradict each other.
+        SpecError: an address beyond loopback without keys, or limits that contradict each other.
     """
 
     host: str = Field(default="127.0.0.1", description="address to bind")
     port: int = Field(default=8000, ge=0, lt=2**16, description="0 takes a free one")
     api_key: SecretStr | None = Field(default=None, description="bearer key; None leaves loopback open")
+    state: Path | None = Field(default=None, description="folder of keys, usage and audit, on a disk of this machine")
     max_body_bytes: int = Field(default=64 * 2**20, gt=0, description="bytes of one request's body")
     max_images: int = Field(default=1024, gt=0, description="images in one request")
     max_pixels: int = Field(default=2**25, gt=0, description="width × height of one encoded image")
@@ -38,8 +40,8 @@ class Settings(Strict):
 
     @model_validator(mode="after")
     def _consistent(self) -> Settings:
-        if self.api_key is None and not is_loopback(self.host):
-            hint = "Set TEACHER_API_KEY, or bind 127.0.0.1."
+        if self.api_key is None and self.state is None and not is_loopback(self.host):
+            hint = "Set TEACHER_API_KEY, give a --state folder with keys, or bind 127.0.0.1."
             raise SpecError("host", "needs an api_key unless it is a loopback address", self.host, hint)
         if self.queue_images < self.max_images:
             rule = f"must hold one request of max_images ({self.max_images})"

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from services.batching import Batcher
+from services.books import Books
 from services.settings import Settings
 from services.teachers import ServedTeacher
 from teacher_cache.errors import SpecError
@@ -18,6 +19,8 @@ class Service:
     settings: Settings
     teachers: Mapping[str, ServedTeacher]
     batchers: Mapping[str, Batcher]
+    books: Books
+    """Who may ask what, and what they have asked."""
     draining: bool = False
     """Set at SIGTERM: `readyz` turns 503 while requests are still answered."""
 
@@ -28,11 +31,11 @@ class Service:
         return reasons + [f"{name} has a full queue" for name, batcher in self.batchers.items() if batcher.full]
 
 
-def make_service(teachers: Mapping[str, ServedTeacher], settings: Settings) -> Service:
+def make_service(teachers: Mapping[str, ServedTeacher], settings: Settings, books: Books | None = None) -> Service:
     """Puts a thread, not yet started, behind each teacher.
 
     Raises:
-        SpecError: there is no teacher, or one whose micro-batch no request may carry.
+        SpecError: there is no teacher, or one whose micro-batch no request may carry; or the books cannot be opened.
     """
     if not teachers:
         raise SpecError("teachers", "must name at least one teacher", "none", "Give a configuration.")
@@ -41,4 +44,4 @@ def make_service(teachers: Mapping[str, ServedTeacher], settings: Settings) -> S
             rule = f"must allow a whole micro-batch of {served.name} ({served.micro_batch})"
             raise SpecError("max_images", rule, settings.max_images, "Raise it, or lower micro_batch.")
     batchers = {name: Batcher(served, settings.queue_images) for name, served in teachers.items()}
-    return Service(settings, dict(teachers), batchers)
+    return Service(settings, dict(teachers), batchers, books or Books(settings))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from services.policy import Policy
 from services.schemas import OUTPUTS, FieldCard, InputCard, LimitsCard, NumericsCard, TeacherCard
 from services.settings import Settings
 from teacher_cache.errors import TeacherError
@@ -46,9 +47,13 @@ class ServedTeacher:
         """The teacher's fingerprint."""
         return self.teacher.fingerprint
 
-    def card(self, settings: Settings) -> TeacherCard:
-        """What `GET /v1/teachers/{name}` answers."""
+    def card(self, settings: Settings, policy: Policy) -> TeacherCard:
+        """What `GET /v1/teachers/{name}` answers to a key: what it may have, and its limits."""
         channels, height, width = self.view_shape
+        offered = OUTPUTS if "logits" in self.field_shapes else ("logits",)
+        outputs = tuple(name for name in offered if policy.outputs is None or name in policy.outputs)
+        features = policy.outputs is None or "features" in policy.outputs
+        fields = [name for name in self.field_shapes if (outputs if name == "logits" else features)]
         return TeacherCard(
             name=self.name,
             digest=self.digest,
@@ -58,8 +63,8 @@ class ServedTeacher:
                 mean=self.normalize.mean if self.normalize else None,
                 std=self.normalize.std if self.normalize else None,
             ),
-            outputs=OUTPUTS if "logits" in self.field_shapes else ("logits",),
-            fields={name: FieldCard(shape=shape, pool=self.pools[name]) for name, shape in self.field_shapes.items()},
+            outputs=outputs,
+            fields={name: FieldCard(shape=self.field_shapes[name], pool=self.pools[name]) for name in fields},
             micro_batch=self.micro_batch,
             numerics=NumericsCard(
                 precision=self.precision,
@@ -68,7 +73,10 @@ class ServedTeacher:
                 device=self.device,
             ),
             limits=LimitsCard(
-                images=settings.max_images, body_bytes=settings.max_body_bytes, pixels=settings.max_pixels
+                images=settings.max_images,
+                body_bytes=settings.max_body_bytes,
+                pixels=settings.max_pixels,
+                **policy.model_dump(exclude={"teachers", "outputs"}),
             ),
         )
 

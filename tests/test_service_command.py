@@ -150,6 +150,8 @@ def test_a_port_in_use_is_said_at_once(
         (["--set", "service.max_images=4", "--port", "0"], "max_images: must allow a whole micro-batch"),
         (["--set", "service.max_images"], "--set: must be KEY=VALUE"),
         (["--set", "service.port=9"], "--set"),
+        (["--set", "service.state=folder"], "--state"),
+        (["--state", "/proc/none", "--port", "0"], "state: must be a writable folder"),
         (["--set", "teacher.micro_batch=0"], "teacher.micro_batch"),
         (["--name", "no/slash"], "teacher.name"),
         (["--port", "65536"], "port"),
