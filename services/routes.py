@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
+from concurrent.futures import Future
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
@@ -20,7 +21,7 @@ from services.schemas import Predictions, Probe, TeacherCard, TeacherList
 from services.settings import Settings
 from services.state import Service
 from services.teachers import ServedTeacher
-from services.work import Expired, Fields, QueueFull, TeacherFailed
+from services.work import Expired, Fields, QueueFull, TeacherFailed, identity_of
 
 router = APIRouter()
 
@@ -76,7 +77,9 @@ async def predict(name: str, request: Request, options: Annotated[PredictOptions
     try:
         async with asyncio.timeout(None if deadline == math.inf else deadline - time.monotonic()):
             views_BCHW, resized = await _views(request, service.settings, served, batcher, media_type)
-            found = await _ask(request, batcher, views_BCHW, wanted, deadline)
+            # Hashing a large body would keep the event loop from everyone else.
+            identity = await asyncio.to_thread(identity_of, views_BCHW)
+            found = await _ask(request, batcher.submit(views_BCHW, wanted.fields, deadline, identity))
     except (TimeoutError, Expired):
         hint = "Allow more time, or send fewer images."
         raise Problem(504, "X-Deadline-Ms", "passed before the answer was there", "late", hint) from None
@@ -142,9 +145,9 @@ async def _body(request: Request, most: int) -> bytes:
     return bytes(data)
 
 
-async def _ask(request: Request, batcher: Batcher, views_BCHW: Tensor, wanted: Wanted, deadline: float) -> Fields:
+async def _ask(request: Request, asked: Future[Fields]) -> Fields:
     """Waits for the model; a client that hangs up, or a deadline that passes, takes its work out of the queue."""
-    answer = asyncio.wrap_future(batcher.submit(views_BCHW, wanted.fields, deadline))
+    answer = asyncio.wrap_future(asked)
     gone = asyncio.ensure_future(_hang_up(request))
     try:
         either: list[asyncio.Future[Any]] = [answer, gone]
