@@ -116,7 +116,7 @@ async def _views(
     request: Request, settings: Settings, served: ServedTeacher, batcher: Batcher, media_type: str
 ) -> tuple[Tensor, bool]:
     """The body as uint8 [N, C, H, W], and whether it was resized. Decoding leaves the event loop free."""
-    data = await _body(request, settings.max_body_bytes)
+    data = await _body(request, settings)
     batcher.require_room(1)
     if media_type != wire.MEDIA_TYPE:
         return await asyncio.to_thread(images.decode, data, media_type, served.view_shape, settings.max_pixels)
@@ -131,8 +131,19 @@ async def _views(
     return views_BCHW, False
 
 
-async def _body(request: Request, most: int) -> bytes:
-    """Reads the body, and stops where it grows too long, whatever Content-Length says."""
+async def _body(request: Request, settings: Settings) -> bytes:
+    """Reads the body, and stops where it grows too long or takes too long, whatever its headers say."""
+    try:
+        async with asyncio.timeout(settings.body_seconds) as limit:
+            return await _read(request, settings.max_body_bytes)
+    except TimeoutError:
+        if not limit.expired():
+            raise
+        rule = f"must arrive within {settings.body_seconds:g} seconds"
+        raise Problem(408, "body", rule, "not all of it", "Send less at a time.", {"Connection": "close"}) from None
+
+
+async def _read(request: Request, most: int) -> bytes:
     rule, hint = f"must be at most {most} bytes", "Send fewer images a request."
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > most:
