@@ -3,7 +3,7 @@
 The thread takes what waits whenever the model is free; there is no timer. A request is cut at multiples of the
 micro-batch from its own start, and a piece is never cut again: so a full micro-batch travels alone and lies in
 the batch exactly as in a precompute job, whoever else is asking. Smaller pieces share a batch, first fit in the
-order of arrival; the rest of a batch is zeros, as there.
+order of arrival; the rest of a batch is zeros, as there. Whoever asks what is asked already, waits for the same answer.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from services.teachers import ServedTeacher
-from services.work import Fields, Piece, Placed, QueueFull, Request, TeacherFailed
+from services.work import Fields, Identity, Piece, Placed, QueueFull, Request, TeacherFailed
 
 _log = logging.getLogger("services")
 
@@ -37,6 +37,8 @@ class Batcher:
         """
         self._served, self._most = served, queue_images
         self._pieces: deque[Piece] = deque()
+        self._asked: dict[tuple[Identity, tuple[str, ...]], Request] = {}
+        """Questions on their way, whose answers others may share."""
         self._changed = threading.Condition()
         self._waiting = 0
         self._stopping = False
@@ -63,12 +65,13 @@ class Batcher:
         """Lets the batch in the model end, cancels what waits, and joins the thread."""
         with self._changed:
             self._stopping = True
-            left = list(self._pieces)
+            left = [waiter for piece in self._pieces for waiter in piece.request.waiters]
             self._pieces.clear()
+            self._asked.clear()
             self._waiting = 0
             self._changed.notify()
-        for piece in left:
-            piece.request.answer.cancel()
+        for waiter in left:
+            waiter.answer.cancel()
         self._thread.join()
 
     def require_room(self, images: int) -> None:
@@ -77,13 +80,21 @@ class Batcher:
             batches = self._waiting / self._served.micro_batch
             raise QueueFull(max(1, math.ceil(batches * self._batch_seconds)))
 
-    def submit(self, images_BCHW: Tensor, fields: Sequence[str], deadline: float = math.inf) -> Future[Fields]:
+    def submit(
+        self,
+        images_BCHW: Tensor,
+        fields: Sequence[str],
+        deadline: float = math.inf,
+        identity: Identity | None = None,
+    ) -> Future[Fields]:
         """Queues a request.
 
         Args:
             images_BCHW: uint8 [N, C, H, W] in the teacher's view shape, N ≥ 1.
             fields: which of the teacher's fields to keep.
             deadline: on the monotonic clock; work that is late is dropped before it reaches the model.
+            identity: of these images (`identity_of`); while they are on their way, whoever brings them again adds no
+                work. Not shared where None.
 
         Returns:
             A future of float32 [N, ...] values on the CPU; cancelling it drops the work that is not in the model.
@@ -92,16 +103,26 @@ class Batcher:
             QueueFull: too many images wait.
         """
         cut = torch.split(images_BCHW, self._served.micro_batch)
-        request = Request(tuple(fields), deadline, Future(), [None] * len(cut))
+        request = Request(tuple(fields), identity, [None] * len(cut))
         with self._changed:
+            if identity is not None and (known := self._asked.get((identity, request.fields))) is not None:
+                return known.join(deadline)
             self.require_room(len(images_BCHW))
+            answer = request.join(deadline)
             if self._stopping:
-                request.answer.cancel()
-                return request.answer
+                answer.cancel()
+                return answer
+            if identity is not None:
+                self._asked[identity, request.fields] = request
             self._pieces.extend(Piece(request, index, images) for index, images in enumerate(cut))
             self._waiting += len(images_BCHW)
             self._changed.notify()
-        return request.answer
+        return answer
+
+    def _forget(self, request: Request) -> None:
+        """From here on nobody joins: its answer, or that there is none, goes to those who wait now."""
+        if request.identity is not None and self._asked.get((request.identity, request.fields)) is request:
+            del self._asked[request.identity, request.fields]
 
     def _run(self) -> None:
         before = torch.get_num_threads()
@@ -139,6 +160,7 @@ class Batcher:
         for piece in self._pieces:
             rows = len(piece.images_BCHW)
             if piece.request.dropped():
+                self._forget(piece.request)
                 self._waiting -= rows
             elif used + rows <= self._served.micro_batch:
                 batch.append(Placed(piece, used))
@@ -160,14 +182,14 @@ class Batcher:
             # Whatever a user's model raises belongs to somebody's request; the thread goes on.
             if len(batch) == 1:
                 _log.error("teacher %s failed on one request: %r", self._served.name, error)
-                batch[0].piece.request.fail(TeacherFailed())
+                self._fail(batch[0].piece.request)
                 return
             half = len(batch) // 2
             self._answer(batch[:half])
             self._answer(batch[half:])
             return
         for placed in batch:
-            _deliver(placed, outputs)
+            self._deliver(placed, outputs)
 
     def _forward(self, batch: list[Placed]) -> Fields:
         size = self._served.micro_batch
@@ -180,12 +202,20 @@ class Batcher:
                 raise ValueError(f"{name} must be {(size, *shape)}, found {tuple(outputs[name].shape)}")
         return outputs
 
+    def _deliver(self, placed: Placed, outputs: Fields) -> None:
+        request, rows = placed.piece.request, slice(placed.start, placed.stop)
+        try:
+            request.parts[placed.piece.index] = {name: outputs[name][rows].cpu() for name in request.fields}
+            if request.complete:
+                with self._changed:
+                    self._forget(request)
+                request.finish()
+        except Exception as error:
+            # Out of memory while copying or joining: this request's trouble, not the thread's.
+            _log.error("an answer could not be put together: %r", error)
+            self._fail(request)
 
-def _deliver(placed: Placed, outputs: Fields) -> None:
-    request, rows = placed.piece.request, slice(placed.start, placed.stop)
-    try:
-        request.keep(placed.piece.index, {name: outputs[name][rows].cpu() for name in request.fields})
-    except Exception as error:
-        # Out of memory while copying or joining: this request's trouble, not the thread's.
-        _log.error("an answer could not be put together: %r", error)
+    def _fail(self, request: Request) -> None:
+        with self._changed:
+            self._forget(request)
         request.fail(TeacherFailed())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
+from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
 from typing import Annotated, Any
@@ -24,7 +25,7 @@ from services.schemas import Predictions, Probe, TeacherCard, TeacherList, Usage
 from services.settings import Settings
 from services.state import Service
 from services.teachers import ServedTeacher
-from services.work import Expired, Fields, QueueFull, TeacherFailed
+from services.work import Expired, Fields, QueueFull, TeacherFailed, identity_of
 
 router = APIRouter()
 
@@ -90,7 +91,9 @@ async def predict(name: str, request: Request, options: Annotated[PredictOptions
             views_BCHW, resized = await _views(request, service.settings, served, batcher, media_type)
             asked, digests = Asked.predict(name, wanted), partial(image_digests, views_BCHW)
             await admit(request, service.books, asked, len(views_BCHW), digests)
-            found = await _ask(request, batcher, views_BCHW, wanted, deadline)
+            # Hashing a large body would keep the event loop from everyone else.
+            identity = await asyncio.to_thread(identity_of, views_BCHW)
+            found = await _ask(request, batcher.submit(views_BCHW, wanted.fields, deadline, identity))
     except (TimeoutError, Expired):
         hint = "Allow more time, or send fewer images."
         raise Problem(504, "X-Deadline-Ms", "passed before the answer was there", "late", hint) from None
@@ -130,7 +133,7 @@ async def _views(
     request: Request, settings: Settings, served: ServedTeacher, batcher: Batcher, media_type: str
 ) -> tuple[Tensor, bool]:
     """The body as uint8 [N, C, H, W], and whether it was resized. Decoding leaves the event loop free."""
-    data = await _body(request, settings.max_body_bytes)
+    data = await _body(request, settings)
     batcher.require_room(1)
     if media_type != wire.MEDIA_TYPE:
         return await asyncio.to_thread(images.decode, data, media_type, served.view_shape, settings.max_pixels)
@@ -145,8 +148,19 @@ async def _views(
     return views_BCHW, False
 
 
-async def _body(request: Request, most: int) -> bytes:
-    """Reads the body, and stops where it grows too long, whatever Content-Length says."""
+async def _body(request: Request, settings: Settings) -> bytes:
+    """Reads the body, and stops where it grows too long or takes too long, whatever its headers say."""
+    try:
+        async with asyncio.timeout(settings.body_seconds) as limit:
+            return await _read(request, settings.max_body_bytes)
+    except TimeoutError:
+        if not limit.expired():
+            raise
+        rule = f"must arrive within {settings.body_seconds:g} seconds"
+        raise Problem(408, "body", rule, "not all of it", "Send less at a time.", {"Connection": "close"}) from None
+
+
+async def _read(request: Request, most: int) -> bytes:
     rule, hint = f"must be at most {most} bytes", "Send fewer images a request."
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > most:
@@ -159,9 +173,9 @@ async def _body(request: Request, most: int) -> bytes:
     return bytes(data)
 
 
-async def _ask(request: Request, batcher: Batcher, views_BCHW: Tensor, wanted: Wanted, deadline: float) -> Fields:
+async def _ask(request: Request, asked: Future[Fields]) -> Fields:
     """Waits for the model; a client that hangs up, or a deadline that passes, takes its work out of the queue."""
-    answer = asyncio.wrap_future(batcher.submit(views_BCHW, wanted.fields, deadline))
+    answer = asyncio.wrap_future(asked)
     gone = asyncio.ensure_future(_hang_up(request))
     try:
         either: list[asyncio.Future[Any]] = [answer, gone]

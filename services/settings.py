@@ -25,6 +25,7 @@ class Settings(Strict):
     max_body_bytes: int = Field(default=64 * 2**20, gt=0, description="bytes of one request's body")
     max_images: int = Field(default=1024, gt=0, description="images in one request")
     max_pixels: int = Field(default=2**25, gt=0, description="width × height of one encoded image")
+    body_seconds: float = Field(default=60.0, gt=0, le=3600, description="for one request's whole body to arrive")
     queue_images: int = Field(default=4096, gt=0, description="images that may wait for one teacher")
     drain_seconds: float = Field(
         default=1.0, ge=0, le=600, description="from SIGTERM (readyz turns 503) to the closed door"

@@ -1,15 +1,28 @@
-"""A request as the model's thread sees it: pieces of at most a micro-batch, and one future for all of them."""
+"""A request as the model's thread sees it: pieces of at most a micro-batch, and a future for each who waits for it."""
 
 from __future__ import annotations
 
+import hashlib
 import time
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 Fields = dict[str, Tensor]
+Identity = bytes
+
+
+def identity_of(images_BCHW: Tensor) -> Identity:
+    """Names the exact pixels of a request, in their order; nobody can make two that are named alike.
+
+    Args:
+        images_BCHW: uint8, contiguous.
+    """
+    digest = hashlib.sha256(repr(tuple(images_BCHW.shape)).encode())
+    digest.update(images_BCHW.contiguous().numpy().data)
+    return digest.digest()
 
 
 class QueueFull(Exception):  # noqa: N818 - a state, not a defect
@@ -28,37 +41,68 @@ class TeacherFailed(Exception):  # noqa: N818 - told to the client as a problem
     """The model raised on this request alone, or answered another shape."""
 
 
-@dataclass(eq=False)
-class Request:
-    """One call of `Batcher.submit`. Changed by the model's thread only."""
+@dataclass(frozen=True, eq=False)
+class Waiter:
+    """One call of `Batcher.submit`."""
 
-    fields: tuple[str, ...]
+    answer: Future[Fields]
     deadline: float
     """On the monotonic clock; inf where there is none."""
-    answer: Future[Fields]
-    parts: list[Fields | None]
-    """One for each piece."""
-
-    def dropped(self) -> bool:
-        """Whether nobody waits any more: answered, failed, cancelled or too late."""
-        if not self.answer.done() and time.monotonic() > self.deadline:
-            self.fail(Expired())
-        return self.answer.done()
 
     def fail(self, error: Exception) -> None:
-        """Ends the request with an error, unless it has ended."""
+        """Ends the waiting with an error, unless it has ended."""
         if not self.answer.done() and self.answer.set_running_or_notify_cancel():
             self.answer.set_exception(error)
 
-    def keep(self, index: int, part: Fields) -> None:
-        """Stores a piece's answer; the last one completes the request."""
-        self.parts[index] = part
+
+@dataclass(eq=False)
+class Request:
+    """A question, and all who have asked it while it was on its way.
+
+    Parts are changed by the model's thread only, waiters by whoever holds the batcher's lock.
+    """
+
+    fields: tuple[str, ...]
+    identity: Identity | None
+    """What makes two questions one; None where this one is answered for itself."""
+    parts: list[Fields | None]
+    """One for each piece."""
+    waiters: list[Waiter] = field(default_factory=list)
+    failed: bool = False
+    """Whether it has been told to all that it cannot be answered."""
+
+    def join(self, deadline: float) -> Future[Fields]:
+        """One more who waits for the same answer."""
+        waiter = Waiter(Future(), deadline)
+        self.waiters.append(waiter)
+        return waiter.answer
+
+    def dropped(self) -> bool:
+        """Whether nobody waits any more: answered, failed, cancelled or too late."""
+        now = time.monotonic()
+        for waiter in self.waiters:
+            if now > waiter.deadline:
+                waiter.fail(Expired())
+        return all(waiter.answer.done() for waiter in self.waiters)
+
+    def fail(self, error: Exception) -> None:
+        """Ends the request with an error, unless it has ended."""
+        self.failed = True
+        for waiter in self.waiters:
+            waiter.fail(error)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every piece has its answer."""
+        return not self.failed and all(part is not None for part in self.parts)
+
+    def finish(self) -> None:
+        """Gives the joined answer to everyone who waits."""
         whole = [part for part in self.parts if part is not None]
-        if len(whole) < len(self.parts) or self.answer.done():
-            return
         joined = {name: torch.cat([part[name] for part in whole]) for name in self.fields}
-        if self.answer.set_running_or_notify_cancel():
-            self.answer.set_result(joined)
+        for waiter in self.waiters:
+            if not waiter.answer.done() and waiter.answer.set_running_or_notify_cancel():
+                waiter.answer.set_result(joined)
 
 
 @dataclass(frozen=True, eq=False)

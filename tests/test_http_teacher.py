@@ -27,6 +27,7 @@ from toy_service_models import (
 import teacher_cache as tc
 from services.app import create_app
 from services.client import TeacherClient, open_http_teacher
+from services.policy import Policy
 from services.settings import Settings
 from services.teachers import open_served
 from services.wire import pack_tensors
@@ -324,7 +325,7 @@ def test_answers_that_are_none_are_refused() -> None:
 
 def test_every_request_of_a_build_names_the_digest_and_the_row_count_is_checked() -> None:
     served = toy_served(open_gate(ToyTeacher()))
-    card = served.card(Settings()).model_dump_json().encode()
+    card = served.card(Settings(), Policy()).model_dump_json().encode()
     app = Scripted((200, {}, card), GOOD, (200, {}, pack_tensors({"feature:x": torch.zeros(2)})))
     with running(app) as base:
         teacher = open_http_teacher(TeacherSpec(model=f"{base}/toy", micro_batch=8, api_key=KEY))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import CancelledError, Future
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from toy_service_models import POISON, ToyTeacher, open_gate, toy_logits, toy_served, views, wait_until
 
 from services.batching import Batcher
-from services.work import Expired, Fields, QueueFull, TeacherFailed
+from services.work import Expired, Fields, QueueFull, TeacherFailed, identity_of
 
 LOGITS = ("logits",)
 
@@ -209,3 +210,131 @@ def test_stopping_ends_the_batch_in_the_model_and_cancels_the_rest() -> None:
         assert waiting.done()
         with pytest.raises(CancelledError):
             batcher.submit(views(1), LOGITS).result(1)
+
+
+class TestIdenticalQuestions:
+    """Who asks what is asked already adds no work, and loses nothing by it."""
+
+    def test_a_hundred_cost_one_forward_pass(self) -> None:
+        teacher, images = ToyTeacher(), views(3, 1)
+        with batching(teacher) as batcher:
+            blocked(teacher, batcher)
+            answers = [batcher.submit(images.clone(), LOGITS, identity=identity_of(images)) for _ in range(100)]
+            assert batcher.waiting == 3
+            teacher.gate.set()
+            assert all(torch.equal(logits_of(answer), toy_logits(images)) for answer in answers)
+        assert len(teacher.batches) == 2
+
+    def test_while_the_model_is_at_it_one_more_may_join(self) -> None:
+        teacher, images = ToyTeacher(), views(1, 1)
+        with batching(teacher) as batcher:
+            first = batcher.submit(images, LOGITS, identity=identity_of(images))
+            assert teacher.entered.acquire(timeout=20)
+            second = batcher.submit(images, LOGITS, identity=identity_of(images))
+            teacher.gate.set()
+            assert torch.equal(logits_of(first), logits_of(second))
+        assert len(teacher.batches) == 1
+
+    def test_an_answered_question_is_asked_anew(self) -> None:
+        """Nothing is kept: keeping answers is the cache's affair."""
+        teacher, images = open_gate(ToyTeacher()), views(1, 1)
+        with batching(teacher) as batcher:
+            for _ in range(2):
+                logits_of(batcher.submit(images, LOGITS, identity=identity_of(images)))
+        assert len(teacher.batches) == 2
+
+    def test_other_fields_are_another_question(self) -> None:
+        teacher, images = ToyTeacher(), views(1, 1)
+        with batching(teacher) as batcher:
+            blocked(teacher, batcher)
+            one = batcher.submit(images, LOGITS, identity=identity_of(images))
+            other = batcher.submit(images, ("feature:pixels",), identity=identity_of(images))
+            teacher.gate.set()
+            assert list(one.result(20)) == ["logits"]
+            assert list(other.result(20)) == ["feature:pixels"]
+
+    def test_the_one_who_came_first_may_leave(self) -> None:
+        teacher, images = ToyTeacher(), views(2, 1)
+        with batching(teacher) as batcher:
+            blocked(teacher, batcher)
+            first, second = (batcher.submit(images, LOGITS, identity=identity_of(images)) for _ in range(2))
+            assert first.cancel()
+            teacher.gate.set()
+            assert torch.equal(logits_of(second), toy_logits(images))
+
+    def test_each_has_a_deadline_of_its_own(self) -> None:
+        teacher, images = ToyTeacher(), views(2, 1)
+        with batching(teacher) as batcher:
+            blocked(teacher, batcher)
+            soon, later = time.monotonic() + 0.01, time.monotonic() + 60
+            late, kept = (batcher.submit(images, LOGITS, when, identity_of(images)) for when in (soon, later))
+            time.sleep(0.03)
+            teacher.gate.set()
+            assert torch.equal(logits_of(kept), toy_logits(images))
+            with pytest.raises(Expired):
+                late.result(20)
+
+    def test_nobody_joins_what_was_given_up(self) -> None:
+        teacher, images = ToyTeacher(), views(2, 1)
+        with batching(teacher) as batcher:
+            last = blocked(teacher, batcher)
+            batcher.submit(images, LOGITS, identity=identity_of(images)).cancel()
+            kept = batcher.submit(views(1, 5), LOGITS)
+            teacher.gate.set()
+            logits_of(last), logits_of(kept)
+            again = batcher.submit(images, LOGITS, identity=identity_of(images))
+            assert torch.equal(logits_of(again), toy_logits(images))
+
+    def test_a_failure_is_told_to_all_and_not_kept(self) -> None:
+        teacher, images = ToyTeacher(), views(1, 1)
+        images[0, 0, 0, 0] = POISON
+        with batching(teacher) as batcher:
+            blocked(teacher, batcher)
+            answers = [batcher.submit(images, LOGITS, identity=identity_of(images)) for _ in range(3)]
+            teacher.gate.set()
+            for answer in answers:
+                with pytest.raises(TeacherFailed):
+                    answer.result(20)
+            assert not batcher._asked
+
+    def test_stopping_cancels_all_who_wait(self) -> None:
+        teacher, images = ToyTeacher(), views(1, 1)
+        with batching(teacher) as batcher:
+            blocked(teacher, batcher)
+            answers = [batcher.submit(images, LOGITS, identity=identity_of(images)) for _ in range(3)]
+            threading.Timer(0.05, teacher.gate.set).start()
+            batcher.stop()
+            assert all(answer.cancelled() for answer in answers)
+
+    @given(st.lists(st.tuples(st.integers(0, 3), st.booleans()), min_size=1, max_size=12))
+    def test_whoever_stays_gets_the_right_answer(self, asked: list[tuple[int, bool]]) -> None:
+        """Any questions in any order, some given up, each computed at most as often as it was asked alone."""
+        teacher = ToyTeacher()
+        with batching(teacher, micro_batch=4) as batcher:
+            blocked(teacher, batcher)
+            answers = []
+            for number, stays in asked:
+                images = views(1 + number, number)
+                answers.append((images, batcher.submit(images, LOGITS, identity=identity_of(images)), stays))
+            for _, answer, stays in answers:
+                if not stays:
+                    answer.cancel()
+            teacher.gate.set()
+            for images, answer, stays in answers:
+                if stays:
+                    assert torch.equal(logits_of(answer), toy_logits(images))
+            wait_until(lambda: batcher.waiting == 0)
+        rows = sum(int((batch != 0).flatten(1).any(1).sum()) for batch in teacher.batches) - 1
+        assert rows == sum(1 + number for number in {number for number, stays in asked if stays})
+
+
+@given(st.integers(0, 5), st.integers(1, 4))
+def test_identities_tell_pixels_order_and_shape_apart(seed: int, count: int) -> None:
+    images = views(count, seed)
+    assert identity_of(images) == identity_of(images.clone())
+    other = images.clone()
+    other[-1, 0, 0, 0] ^= 1
+    assert identity_of(other) != identity_of(images)
+    assert identity_of(images.flip(0)) != identity_of(images) or count == 1
+    flat = images.reshape(count, 1, images.shape[1] * images.shape[2], images.shape[3])
+    assert identity_of(flat) != identity_of(images)

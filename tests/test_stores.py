@@ -33,6 +33,7 @@ from teacher_cache.storage import (
     write_atomic,
     write_together,
 )
+from teacher_cache.storage.files import make_folder
 from teacher_cache.storage.local_root import LocalRoot
 from teacher_cache.storage.root import remove_unfinished
 
@@ -602,3 +603,24 @@ class TestFiles:
         """RFC 3720, B.4."""
         assert crc32c(b"123456789") == 0xE3069283
         assert crc32c(bytes(32)) == 0x8A9136AA
+
+
+def test_a_folder_that_another_builder_removes_meanwhile_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`mkdir` finds it, and a moment later it is gone: that is no file in the way."""
+    mkdir, refused = os.mkdir, list[str]()
+
+    def racing(path: str, *more: int) -> None:
+        if str(path).endswith("builders") and len(refused) < 3:
+            refused.append(str(path))
+            raise FileExistsError(17, "File exists", path)
+        mkdir(path, *more)
+
+    monkeypatch.setattr(os, "mkdir", racing)
+    make_folder(tmp_path / "cache" / "builders")
+    assert (tmp_path / "cache" / "builders").is_dir()
+    assert len(refused) == 3
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileExistsError):
+        make_folder(tmp_path / "file")

@@ -89,7 +89,7 @@ def write_together(root: Path, files: Iterable[tuple[str, bytes]]) -> None:
             for relative, data in files:
                 final = root / relative
                 make_folder(final.parent.parent)
-                final.parent.mkdir(exist_ok=True)
+                _make(final.parent)
                 # The folder's own name too, new or not: whoever made it may have been killed before it was synced.
                 unsynced |= {final.parent, final.parent.parent}
                 written.append((_temporary(final), final))
@@ -123,6 +123,7 @@ def _begin(file: BinaryIO, data: bytes) -> int:
     return file.fileno()
 
 
+_RACES = 20
 _GONE = "the folder is gone", "Is the disk still mounted? Bring it back"
 _BROKEN = "the disk or its mount fails", "Check it (dmesg, mount)"
 _FORBIDDEN = "permission is denied", "Change the permissions"
@@ -185,8 +186,22 @@ def make_folder(folder: Path) -> None:
         return
     if folder.parent != folder:
         make_folder(folder.parent)
-    folder.mkdir(exist_ok=True)
+    _make(folder)
     sync_folder(folder.parent)
+
+
+def _make(folder: Path) -> None:
+    """Makes one folder, or finds it there."""
+    for _ in range(_RACES):
+        try:
+            folder.mkdir(exist_ok=True)
+        except FileExistsError:
+            # Somebody may have had it and removed it in between; what stays in the way is no folder.
+            if folder.exists():
+                raise
+        else:
+            return
+    folder.mkdir(exist_ok=True)
 
 
 def sync_folder(folder: Path) -> None:
