@@ -75,7 +75,8 @@ class Journal:
     def find(self, question: bytes, fields: Sequence[str]) -> Fields:
         """The answers that are there, of these fields; one that is damaged is not."""
         with self._file.reading() as db:
-            query = "SELECT field, data, checksum FROM answers WHERE teacher = ? AND question = ?"
+            # Cast: what is damaged may have become a text.
+            query = "SELECT field, CAST(data AS BLOB), checksum FROM answers WHERE teacher = ? AND question = ?"
             rows = [row for row in db.execute(query, (self._teacher, question)) if row[0] in fields]
         found = {name: data for name, data, checksum in rows if checksum == self._checksum(question, name, data)}
         for name, _, _ in rows:
