@@ -10,7 +10,7 @@ import torch
 from teacher_cache.addition import Addition
 from teacher_cache.encodings import row_bytes
 from teacher_cache.encodings.calibration import Calibration
-from teacher_cache.paid import with_journal
+from teacher_cache.paid import closed_after, with_journal
 from teacher_cache.plan import (
     Opened,
     draft,
@@ -68,10 +68,11 @@ def estimate(spec: BuildSpec, micro_batches: int = 3) -> Cost:
     torch.set_num_threads(spec.compute.threads)
     try:
         opened = open_parts(with_journal(spec))
-        seen = prospect(opened, named_source(opened.source, None))
-        addition = draft(seen, whole_extent(seen)).addition
-        size: int = addition.spec["teacher"]["micro_batch"]
-        teacher_seconds, render_seconds = _time(opened, size, micro_batches)
+        with closed_after(opened.teacher):
+            seen = prospect(opened, named_source(opened.source, None))
+            addition = draft(seen, whole_extent(seen)).addition
+            size: int = addition.spec["teacher"]["micro_batch"]
+            teacher_seconds, render_seconds = _time(opened, size, micro_batches)
     finally:
         torch.set_num_threads(threads)
     by_field = _field_bytes(addition)

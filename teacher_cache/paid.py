@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 from teacher_cache.errors import SpecError
@@ -44,3 +46,13 @@ def settle(spec: BuildSpec, teacher: Teacher) -> tuple[str, ...]:
         What whoever pays should know.
     """
     return teacher.settle(spec.teacher.journal is None) if isinstance(teacher, RemoteTeacher) else ()
+
+
+@contextlib.contextmanager
+def closed_after(teacher: Teacher) -> Iterator[None]:
+    """Whatever happens, no request and no journal of a remote teacher is left open."""
+    try:
+        yield
+    finally:
+        if isinstance(teacher, RemoteTeacher):
+            teacher.close()

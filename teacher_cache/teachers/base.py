@@ -103,6 +103,9 @@ class RemoteTeacher(Teacher, Protocol):
     def drain(self) -> None:
         """Tries nothing again, and returns when the answers that are under way have been kept, or are lost."""
 
+    def close(self) -> None:
+        """Drains, and gives back what is open; nothing is asked afterwards."""
+
     def settle(self, forget: bool, /) -> tuple[str, ...]:
         """All that was asked for is in a sealed cache.
 
