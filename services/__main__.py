@@ -1,4 +1,4 @@
-"""`teacher-serve CONFIG`: serves the teacher of a build's configuration."""
+"""`teacher-serve CONFIG`: serves the teacher of a build's configuration. `predict` is beside it."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ import socket
 import threading
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 import uvicorn
 import yaml
+from typer.core import TyperGroup
 
 from services.app import create_app
+from services.predict_command import predict
 from services.settings import Settings
 from services.state import Service
 from services.teachers import open_served
@@ -27,6 +29,15 @@ from teacher_cache.spec import load_spec, parse
 
 _SERVICE = "service."
 _DRAIN_LIMIT = 30
+
+
+class _ServeUnlessSaid(TyperGroup):
+    """`teacher-serve CONFIG` is `teacher-serve serve CONFIG`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """As click does it, with the command filled in."""
+        named = bool(args) and (args[0] in self.commands or args[0] == "--help")
+        return super().parse_args(ctx, args if named else ["serve", *args])
 
 
 class _Server(uvicorn.Server):
@@ -131,8 +142,9 @@ def _bind(settings: Settings) -> socket.socket:
 
 def main() -> NoReturn:
     """Entry point of `teacher-serve`."""
-    command = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    command = typer.Typer(cls=_ServeUnlessSaid, add_completion=False, pretty_exceptions_enable=False)
     command.command()(serve)
+    command.command()(predict)
     console.sys_path_here()
     console.run(command, "Nothing is lost: every answer that was begun was given.")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -108,7 +108,7 @@ class AsyncTeacherClient:
         temperature: float | None = None,
         fields: Sequence[str] = ("logits",),
         digest: str | None = None,
-    ) -> AsyncIterator[Prediction]:
+    ) -> AsyncGenerator[Prediction, None]:
         """Asks for batch after batch, a few of them side by side, and gives the answers in the order of the batches.
 
         Args:

@@ -37,7 +37,7 @@ class Faulty:
     most_at_once: int = 0
 
     def __post_init__(self) -> None:
-        self._lock, self._arrived, self._inside = threading.Lock(), 0, 0
+        self._lock, self._arrived, self.inside = threading.Lock(), 0, 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
@@ -48,13 +48,13 @@ class Faulty:
             fate = self.fate(self._arrived)
             self._arrived += 1
             self.fates[fate] += 1
-            self._inside += 1
-            self.most_at_once = max(self.most_at_once, self._inside)
+            self.inside += 1
+            self.most_at_once = max(self.most_at_once, self.inside)
         try:
             await self._meet(fate, scope, receive, send)
         finally:
             with self._lock:
-                self._inside -= 1
+                self.inside -= 1
 
     async def _meet(self, fate: Fate, scope: Scope, receive: Receive, send: Send) -> None:
         await asyncio.sleep(self.delay)
