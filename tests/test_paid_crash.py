@@ -30,6 +30,7 @@ from services.journal_file import NAME
 from services.settings import Settings
 from services.teachers import open_served
 from teacher_cache.build import Executor, build
+from teacher_cache.errors import BudgetError
 from teacher_cache.spec import BuildSpec
 
 VIEWS = 6
@@ -206,3 +207,25 @@ def test_killed_more_often(folder: Path, tmp_path: Path, seed: int) -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_killed_on_ray(folder: Path, tmp_path: Path, seed: int) -> None:
     killed(folder, tmp_path / "case", "ray", seed, 4)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_budget_is_exact_for_several_workers_and_none_loses_what_it_paid(folder: Path, tmp_path: Path) -> None:
+    """Whoever reaches it first waits for the answers of all others, for its error is the end of them."""
+    app = create_app({"colour": open_served(spec_of(folder, folder / "unused"))}, Settings())
+    faulty = Faulty(app, delay=0.3)
+    with running(faulty) as base:
+        wait_until(lambda: app.state.service.not_ready() == [])
+        for most in (11, QUESTIONS):
+            budget = {"max_images": 8 * most}
+            spec = spec_of(folder, tmp_path / "cache", model=f"{base}/colour", concurrency=2, budget=budget)
+            if most < QUESTIONS:
+                with pytest.raises(BudgetError, match="max_images: is used up"):
+                    build(spec, "ray")
+                assert faulty.most_at_once > 2, "two workers were at it"
+            else:
+                build(spec, "ray")
+            assert sorted(faulty.computed.values()) == [1] * most
+            assert accounts(tmp_path / "cache.journal").requests == most
+    assert data_of(tmp_path / "cache") == data_of(folder / "local")
