@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from toy_builds import addition_of
 from toy_faults import FATES, Fate, Faulty, seeded
 from toy_service_models import ToyTeacher, colour_spec, open_gate, running, toy_logits, toy_served, views, wait_until
 
@@ -130,15 +131,20 @@ def test_questions_of_several_views_are_under_way_together(
     folder: Path, tmp_path: Path, serve: Serve, concurrency: int
 ) -> None:
     url, faulty = serve(delay=0.05)
-    spec = spec_of(folder, tmp_path / "cache", url, concurrency=concurrency)
+    # What is measured of an encoding that rounds depends on the order of the sums.
+    fields = {"logits": {"encoding": "dense_u8"}, "feature:relu": {"pool": "mean", "encoding": "dense_bf16"}}
+    spec = spec_of(folder, tmp_path / "cache", url, concurrency=concurrency, fields=fields)
     spec = spec.model_copy(update={"compute": spec.compute.model_copy(update={"workers": 1, "views_per_decode": 2})})
     # One worker makes both views of a shard's rows: four questions.
-    local = spec.model_copy(update={"cache": str(tmp_path / "local"), "teacher": colour_spec(folder, "x").teacher})
+    local = spec.model_copy(
+        update={"cache": str(tmp_path / "local"), "teacher": colour_spec(folder, "x", fields=fields).teacher}
+    )
     tc.build(local, executor="serial")
     tc.build(spec, executor="serial")
     assert faulty.most_at_once <= concurrency
     assert faulty.most_at_once >= min(2, concurrency)
     assert data_of(tmp_path / "cache") == data_of(tmp_path / "local")
+    assert addition_of(tmp_path / "cache").totals == addition_of(tmp_path / "local").totals
 
 
 def test_a_journal_that_is_named_is_kept_and_good_for_another_cache(folder: Path, tmp_path: Path, serve: Serve) -> None:
@@ -164,6 +170,18 @@ def test_a_build_that_ends_in_the_middle_keeps_what_was_answered(folder: Path, t
     # Nobody knows whether an answer of 500 is on the bill.
     assert accounts(tmp_path / "cache.journal") == Account(QUESTIONS + 1, 8 * QUESTIONS + 8, 1, 8)
     assert "1 requests of 8 images may have been answered and paid for in vain" in report.warnings[-1]
+
+
+def test_a_worker_ends_when_its_answers_are_home(
+    folder: Path, tmp_path: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On Ray an error is the end of the worker that raised it: nobody closes its teacher."""
+    monkeypatch.setattr(HttpTeacher, "close", lambda _self: None)
+    fates: dict[int, Fate] = {2: "500", 3: "late"}
+    url, faulty = serve(lambda number: fates.get(number, "answer"), late=0.5)
+    with pytest.raises(ServiceError, match="HTTP 500"):
+        tc.build(spec_of(folder, tmp_path / "cache", url), executor="serial")
+    assert faulty.delivered.total() == 3
 
 
 def test_damage_is_asked_for_again_and_told(folder: Path, tmp_path: Path, serve: Serve) -> None:
@@ -423,17 +441,48 @@ def test_a_full_disk_loses_no_answer_that_was_kept(
 def test_a_replica_that_goes_is_done_without_and_comes_back(
     folder: Path, tmp_path: Path, serve: Serve, short_rests: None
 ) -> None:
-    away = {"from": 2, "to": 5}
-    first, one = serve(lambda number: "drop" if away["from"] <= number < away["to"] else "answer")
+    first, one = serve(lambda number: "drop" if number == 2 else "answer")
     second, two = serve()
     spec = spec_of(folder, tmp_path / "cache", first, replicas=[second], concurrency=1)
     tc.build(spec, executor="serial")
     assert data_of(tmp_path / "cache") == data_of(folder / "local")
     both = one.computed + two.computed
     assert sorted(both.values()) == [1] * QUESTIONS
-    assert one.fates["drop"] == 3
+    assert one.fates["drop"] == 1
     assert one.fates["answer"] >= 3, "it was asked again when it was back"
     assert two.fates["answer"] >= 3
+
+
+def test_a_replica_that_is_down_is_left_in_peace(
+    folder: Path, tmp_path: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.replicas._FIRST_REST", 30.0)
+    first, one = serve(lambda number: "drop" if number else "answer")
+    second, two = serve()
+    tc.build(spec_of(folder, tmp_path / "cache", first, replicas=[second], concurrency=1), executor="serial")
+    assert one.fates == {"answer": 1, "drop": 1}
+    assert two.fates == {"answer": QUESTIONS - 1}
+
+
+def test_a_replica_that_comes_back_as_another_is_refused(
+    folder: Path, tmp_path: Path, served: ServedTeacher, serve: Serve, short_rests: None
+) -> None:
+    """The same digest on another device, or with other threads, would pass If-Match and give other bits."""
+    app = create_app({"colour": served}, Settings())
+    other = replace(served, threads=2)
+
+    def fate(number: int) -> Fate:
+        if number != 1:
+            return "answer"
+        app.state.service.teachers["colour"] = other
+        return "drop"
+
+    second, _ = serve()
+    with running(Faulty(app, fate)) as base:
+        wait_until(lambda: app.state.service.not_ready() == [])
+        spec = spec_of(folder, tmp_path / "cache", second, replicas=[f"{base}/colour"], concurrency=1)
+        with pytest.raises(ServiceError, match="must be a replica of the same teacher: numerics"):
+            tc.build(spec, executor="serial")
 
 
 def test_a_replica_that_is_not_there_from_the_first_is_no_hindrance(folder: Path, tmp_path: Path, serve: Serve) -> None:
