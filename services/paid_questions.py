@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from typing import NamedTuple
 
 import httpx
 from torch import Tensor
@@ -12,10 +13,19 @@ from services.journal import Fields, Journal, Ticket, question_of
 from services.prediction import Wish, ask_images, read_prediction
 from services.replicas import Replica, Replicas
 from services.retries import Patience, Retries, perhaps_paid, status_of
+from services.transport import Asked
 from teacher_cache.errors import ServiceError, TeacherCacheError
 
 _POLL = 0.05
 """Seconds between two looks at whether another builder has the answer."""
+
+
+class _Asked(NamedTuple):
+    """A request, and what its answer must have."""
+
+    request: Asked
+    fields: tuple[str, ...]
+    rows: int
 
 
 class PaidQuestions:
@@ -43,62 +53,61 @@ class PaidQuestions:
             ServiceError: the service refused, or could not answer.
             BudgetError: no more may be spent, and every answer that was under way has come.
         """
-        question = question_of(views_BCHW)
+        question, rows = question_of(views_BCHW), len(views_BCHW)
         retries = Retries(self._url, self._patience)
         while True:
             found = self._journal.find(question, fields) if self._journal is not None else {}
-            missing = tuple(name for name in fields if name not in found)
             # Of a question that is answered in part, only the fields that are missing are asked for.
-            answer = self._try(question, missing, views_BCHW, retries) if missing else {}
+            missing = tuple(name for name in fields if name not in found)
+            if not missing:
+                return found
+            # One id for all tries of a question: the service's log then shows what may have been answered twice.
+            wish = Wish(fields=missing, digest=self._digest, request_id=question.hex())
+            answer = self._try(question, _Asked(ask_images(views_BCHW, wish), missing, rows), retries)
             if answer is not None:
                 return {**found, **answer}
 
-    def _try(self, question: bytes, fields: tuple[str, ...], views_BCHW: Tensor, retries: Retries) -> Fields | None:
+    def _try(self, question: bytes, asked: _Asked, retries: Retries) -> Fields | None:
         """One request; None where there is to be another look, after the wait that is due."""
         try:
             replica = self._replicas.ready()
-        except httpx.HTTPError as error:
-            self._pause(retries, error)
-            return None
-        if self._journal is None:
-            try:
-                return self._exchange(replica, question, fields, views_BCHW)
-            except httpx.HTTPError as error:
-                self._pause(retries, error)
-            return None
-        ticket = self._journal.leave(question, fields, len(views_BCHW))
-        if ticket is None:
+            if self._journal is None:
+                return self._exchange(replica, asked)
+            ticket = self._journal.leave(question, asked.fields, asked.rows)
+            if ticket is not None:
+                return self._counted(self._journal, ticket, question, replica, asked)
             self._rest(_POLL)
-            return None
-        try:
-            answer = self._exchange(replica, question, fields, views_BCHW)
         except httpx.HTTPError as error:
-            self._journal.lost(ticket) if perhaps_paid(error) else self._journal.refused(ticket)
             self._pause(retries, error)
-            return None
-        except BaseException:
-            self._give_up(ticket)
+        return None
+
+    def _counted(self, journal: Journal, ticket: Ticket, question: bytes, replica: Replica, asked: _Asked) -> Fields:
+        try:
+            answer = self._exchange(replica, asked)
+        except httpx.HTTPError as error:
+            settle = journal.lost if perhaps_paid(error) else journal.refused
+            settle(ticket)
             raise
-        return self._journal.answered(ticket, question, answer)
+        except BaseException:
+            # An answer that is none, or Ctrl-C: it may be paid for. What went wrong first is what is told.
+            with contextlib.suppress(TeacherCacheError):
+                journal.lost(ticket)
+            raise
+        return journal.answered(ticket, question, answer)
 
-    def _give_up(self, ticket: Ticket) -> None:
-        """An answer that is none, or Ctrl-C: it may be paid for. What went wrong first is what is told."""
-        assert self._journal is not None, "it gave the ticket"
-        with contextlib.suppress(TeacherCacheError):
-            self._journal.lost(ticket)
-
-    def _exchange(self, replica: Replica, question: bytes, fields: tuple[str, ...], views_BCHW: Tensor) -> Fields:
-        # One id for all tries of a question: the service's log then shows what may have been answered twice.
-        wish = Wish(fields=fields, digest=self._digest, request_id=question.hex())
-        data = self._replicas.once(replica, ask_images(views_BCHW, wish)).content
-        answer = read_prediction(replica.connection.url, data)
+    def _exchange(self, replica: Replica, asked: _Asked) -> Fields:
+        url = replica.connection.url
+        answer = read_prediction(url, self._replicas.once(replica, asked.request).content)
         found = dict(answer.features) if answer.values is None else {**answer.features, "logits": answer.values}
-        for name in fields:
-            if name not in found or len(found[name]) != len(views_BCHW):
+        hint = "Is it a teacher-serve of this version?"
+        for name in asked.fields:
+            if name not in found or len(found[name]) != asked.rows:
                 shape = tuple(found[name].shape) if name in found else "no such tensor"
-                rule = f"must answer {name} for {len(views_BCHW)} images"
-                raise ServiceError(replica.connection.url, rule, shape, "Is it a teacher-serve of this version?")
-        return {name: found[name] for name in fields}
+                raise ServiceError(url, f"must answer {name} for {asked.rows} images", shape, hint)
+        if answer.metadata.get("digest") != self._digest:
+            rule = f"must answer as the teacher that was asked for, {self._digest}"
+            raise ServiceError(url, rule, answer.metadata.get("digest", "no digest"), hint)
+        return {name: found[name] for name in asked.fields}
 
     def _pause(self, retries: Retries, error: httpx.HTTPError) -> None:
         """Waits, or raises `ServiceError` where nothing is tried again."""

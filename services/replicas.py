@@ -41,11 +41,6 @@ class Replicas:
         self._lock = threading.Lock()
         self._next = 0
 
-    @property
-    def count(self) -> int:
-        """How many there are, up or not."""
-        return len(self._all)
-
     def first_card(self, patience: Patience) -> TeacherCard:
         """The card of the first replica that can be reached, with which all others will be compared.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -126,22 +127,28 @@ def test_a_stream_that_is_left_is_cancelled(toy: tuple[str, Faulty]) -> None:
         stream = client.stream([views(1)] * 100, concurrency=4)
         async for _ in stream:
             break
+        faulty.delay = 10.0
+        await asyncio.sleep(0.1)
+        left = time.monotonic()
         await stream.aclose()
+        assert time.monotonic() - left < 5
         assert len(asyncio.all_tasks()) == 1
         with pytest.raises(ValueError, match="concurrency=0"):
             await anext(aiter(client.stream([views(1)], concurrency=0)))
 
     asked(url, ask)
-    assert faulty.fates.total() <= 4
+    assert faulty.fates.total() <= 7
 
 
 def test_requests_beyond_the_connections_wait_for_one(toy: tuple[str, Faulty]) -> None:
+    """However long: what a request may take is counted from when it leaves."""
     url, faulty = toy
+    faulty.delay = 0.3
 
     async def ask(client: AsyncTeacherClient) -> None:
         await asyncio.gather(*(client.predict(views(1)) for _ in range(10)))
 
-    asked(url, ask, connections=2)
+    asked(url, ask, connections=2, timeout=1.0, attempts=1)
     assert faulty.most_at_once == 2
     assert faulty.fates.total() == 10
 

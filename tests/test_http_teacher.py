@@ -404,13 +404,16 @@ def test_answers_that_are_none_are_refused() -> None:
 def test_every_request_of_a_build_names_the_digest_and_the_row_count_is_checked() -> None:
     served = toy_served(open_gate(ToyTeacher()))
     card = served.card(Settings()).model_dump_json().encode()
-    app = Scripted((200, {}, card), GOOD, (200, {}, pack_tensors({"feature:x": torch.zeros(2)})))
+    good = pack_tensors({"values": toy_logits(views(2))}, {"digest": served.digest})
+    app = Scripted((200, {}, card), (200, {}, good), (200, {}, pack_tensors({"feature:x": torch.zeros(2)})), GOOD)
     with running(app) as base:
         teacher = open_http_teacher(TeacherSpec(model=f"{base}/toy", micro_batch=8, api_key=KEY))
         assert torch.equal(teacher(views(2))["logits"], toy_logits(views(2)))
         assert app.seen[b"if-match"] == f'"{served.digest}"'.encode()
         assert app.seen[b"authorization"] == f"Bearer {KEY}".encode()
         with pytest.raises(ServiceError, match="must answer logits for 2 images"):
+            teacher(views(2))
+        with pytest.raises(ServiceError, match="must answer as the teacher that was asked for"):
             teacher(views(2))
         teacher.close()
 

@@ -22,6 +22,7 @@ from services.app import create_app
 from services.http_teacher import HttpTeacher
 from services.journal import Journal
 from services.journal_file import NAME
+from services.same_teacher import key_of
 from services.settings import Settings
 from services.teachers import ServedTeacher, open_served
 from teacher_cache.cost import estimate
@@ -254,6 +255,16 @@ def test_planning_pays_for_nothing_that_the_build_pays_for_again(folder: Path, t
     assert not (tmp_path / "cache").exists()
     tc.build(spec, executor="serial")
     assert sorted(faulty.computed.values()) == [1] * QUESTIONS
+
+
+def test_answers_of_another_kind_of_machine_are_other_answers(served: ServedTeacher) -> None:
+    """The digest names the teacher; a last bit may follow the device and the threads, too."""
+    cards = [replace(served, **change).card(Settings()) for change in ({}, {"threads": 2}, {"device": "cuda"})]  # type: ignore[arg-type]
+    cards.append(replace(served, teacher=Renamed(served.teacher)).card(Settings()))
+    assert len({key_of(card) for card in cards}) == 4
+    # Limits and names of classes decide no bit.
+    again = replace(served, class_names=None).card(Settings(max_images=100))
+    assert key_of(again) == key_of(cards[0])
 
 
 def test_an_object_store_has_no_place_beside_it(folder: Path, serve: Serve) -> None:
