@@ -2,8 +2,9 @@
 
 A request's way: `app` (its id, whose key it brings, problems) → `routes` → `wire` or `images` (bytes to views) →
 `admission` (policy and budgets) → `batching` (the model in its own thread) → `answers` (temperature, k, rounding) →
-`wire` or JSON → `app` (what it cost is paid, and the audit has its line). `client` is the other side: for people, and
-for a precompute job whose teacher is elsewhere.
+`wire` or JSON → `app` (what it cost is paid, and the audit has its line). `client` and
+`async_client` are the other side, for people and programs. A precompute job whose teacher is elsewhere goes
+`http_teacher` → `paid_questions` → `journal` (found, or counted) → `replicas` → `transport`, and back into the journal.
 
 Who asks: `keys` (the file) and `identity` (the door), `policy` (what a key may ask), `usage` and `usage_file` (what it
 has spent), `audit*` (what became of it), all of them opened by `books` in one `state_folder`, and each written by a

@@ -1,4 +1,4 @@
-"""`teacher-serve CONFIG`: serves the teacher of a build's configuration. `keys` and `audit` are beside it."""
+"""`teacher-serve CONFIG`: serves the teacher of a build's configuration. `predict`, `keys`, `audit` are beside it."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from typer.core import TyperGroup
 from services.app import create_app
 from services.books import Books
 from services.commands import audit, keys
+from services.predict_command import predict
 from services.settings import Settings
 from services.state import Service
 from services.teachers import open_served
@@ -155,6 +156,7 @@ def main() -> NoReturn:
     command.command()(serve)
     command.add_typer(keys, name="keys")
     command.add_typer(audit, name="audit")
+    command.command()(predict)
     console.sys_path_here()
     console.run(command, "Nothing is lost: every answer that was begun was given.")
 

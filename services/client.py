@@ -2,60 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from pydantic import ValidationError
 from torch import Tensor
 
-from services import wire
+from services.prediction import CARD, Prediction, Wish, ask_file, ask_images, read_card, read_prediction
+from services.retries import Patience
 from services.schemas import Output, TeacherCard
-from services.transport import Connection
-from teacher_cache.errors import ServiceError, TeacherError
+from services.transport import Address, Asked, Connection
 from teacher_cache.spec import NormalizeSpec, TeacherSpec
 
 if TYPE_CHECKING:
     from services.http_teacher import HttpTeacher
 
-_SUFFIXES = {".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".png": "image/png", ".webp": "image/webp"}
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """An answer. Legend: B images, C classes, K kept classes."""
-
-    values: Tensor | None
-    """float32 [B, C], or [B, K] log-probabilities of a `topk`; None where only features were asked for."""
-    indices: Tensor | None
-    """int32 [B, K] class numbers of a `topk`."""
-    tail_logmass: Tensor | None
-    """float32 [B], log of the probability that a `topk` leaves out."""
-    features: dict[str, Tensor]
-    """float32 [B, ...] by field."""
-    metadata: dict[str, str]
-    """The teacher's digest, the output, the temperature, and whether the image was resized."""
+__all__ = ["Prediction", "TeacherClient", "open_http_teacher"]
 
 
 class TeacherClient:
-    """One teacher of a service. Keeps its connection; safe to use from several threads."""
+    """One teacher of a service. Keeps its connections; safe to use from several threads.
 
-    def __init__(self, url: str, api_key: str | None = None, *, timeout: float = 120.0, attempts: int = 8) -> None:
+    A question that breaks off or comes too late is asked again: it may then be answered, and counted, twice.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        api_key: str | None = None,
+        *,
+        timeout: float = 120.0,
+        attempts: int = 8,
+        patience: float = 600.0,
+    ) -> None:
         """Asks nothing yet.
 
         Args:
             url: `http://host:port/<teacher>`.
             api_key: bearer key; the variable TEACHER_API_KEY where None.
             timeout: seconds that one request may take.
-            attempts: tries while the service answers 429 or 503; it is waited for as long as it asks.
+            attempts: tries of one question in all: while the service answers 429 or 503, and at most four that fail
+                on the way.
+            patience: seconds that one question may wait between its tries; a 429 that asks for more is given up.
 
         Raises:
             TeacherError: the URL names no teacher.
         """
         self.url = url
-        self._connection = Connection(url, api_key, timeout, attempts)
+        self._patience = Patience(attempts=attempts, seconds=patience)
+        self._connection = Connection(Address.of(url, api_key), timeout)
 
     def __enter__(self) -> TeacherClient:
         return self
@@ -66,7 +62,7 @@ class TeacherClient:
         self.close()
 
     def close(self) -> None:
-        """Closes the connection."""
+        """Closes the connections."""
         self._connection.close()
 
     def card(self) -> TeacherCard:
@@ -75,12 +71,7 @@ class TeacherClient:
         Raises:
             ServiceError: the service refused, cannot be reached, or is no teacher service.
         """
-        data = self._connection.send("GET", "")
-        try:
-            return TeacherCard.model_validate_json(data)
-        except ValidationError as error:
-            hint = "Check the URL: is it a teacher-serve?"
-            raise ServiceError(self.url, "must answer a teacher's card", "another body", hint) from error
+        return read_card(self.url, self._connection.send(CARD, self._patience))
 
     def predict(
         self,
@@ -108,18 +99,8 @@ class TeacherClient:
             TeacherError: the images are not uint8 [B, C, H, W].
             ServiceError: the service refused or could not answer; field, rule and hint are its own.
         """
-        asked = {"output": output, "k": k, "temperature": temperature, "fields": ",".join(fields)}
-        headers = {"Content-Type": wire.MEDIA_TYPE}
-        if digest is not None:
-            headers["If-Match"] = f'"{digest}"'
-        if deadline_ms is not None:
-            headers["X-Deadline-Ms"] = str(deadline_ms)
-        try:
-            body = wire.pack_images(images_BCHW)
-        except wire.WireError as error:
-            hint = "Send views as the cache renders them, before any normalisation."
-            raise TeacherError(error.field, error.rule, error.value, hint) from error
-        return self._predict(body, headers, asked)
+        wish = Wish(output, k, temperature, fields, digest, deadline_ms)
+        return self._predict(ask_images(images_BCHW, wish))
 
     def predict_file(
         self,
@@ -136,32 +117,15 @@ class TeacherClient:
             ServiceError: the service refused or could not answer.
             TeacherError: the file cannot be read, or its suffix is none of those.
         """
-        media_type = _SUFFIXES.get(Path(path).suffix.lower())
-        if media_type is None:
-            hint = "Convert it, or send its pixels with predict()."
-            raise TeacherError("path", f"must end in {', '.join(_SUFFIXES)}", path, hint)
-        try:
-            data = Path(path).read_bytes()
-        except OSError as error:
-            raise TeacherError("path", "must be a readable file", path, f"Check it: {error}.") from error
-        asked = {"output": output, "k": k, "temperature": temperature, "fields": ",".join(fields)}
-        return self._predict(data, {"Content-Type": media_type}, asked)
+        return self._predict(ask_file(path, Wish(output, k, temperature, fields)))
 
-    def _predict(self, body: bytes, headers: dict[str, str], asked: Mapping[str, object]) -> Prediction:
-        options = {name: value for name, value in asked.items() if value is not None}
-        data = self._connection.send("POST", "/predict", body, {"Accept": wire.MEDIA_TYPE, **headers}, options)
-        try:
-            tensors = wire.unpack_tensors(data)
-        except wire.WireError as error:
-            hint = "Something between here and the service changes bodies."
-            raise ServiceError(self.url, f"{error.field} {error.rule}", error.value, hint) from error
-        values, indices, tail = (tensors.pop(name, None) for name in ("values", "indices", "tail_logmass"))
-        return Prediction(values, indices, tail, tensors, wire.unpack_metadata(data))
+    def _predict(self, asked: Asked) -> Prediction:
+        return read_prediction(self.url, self._connection.send(asked, self._patience))
 
 
 def open_http_teacher(spec: TeacherSpec, normalize: NormalizeSpec | None = None) -> HttpTeacher:
     """The entry point of http:// and https:// teachers; see `HttpTeacher`."""
-    # Here, because it is built on this module's client.
+    # Here, because a client alone needs no journal.
     from services.http_teacher import HttpTeacher
 
     return HttpTeacher(spec, normalize)

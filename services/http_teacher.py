@@ -2,92 +2,116 @@
 
 from __future__ import annotations
 
+import weakref
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from pathlib import Path
+
 from torch import Tensor
 
-from services.client import TeacherClient
-from services.schemas import TeacherCard
-from teacher_cache.errors import ServiceError, TeacherError
+from services.journal import Fields, Journal
+from services.paid_questions import PaidQuestions
+from services.replicas import Replicas
+from services.retries import Patience
+from services.same_teacher import key_of, refuse_local, require_same
+from services.transport import Address, Connection
+from teacher_cache.errors import TeacherError
+from teacher_cache.service_spec import BudgetSpec
 from teacher_cache.spec import NormalizeSpec, TeacherSpec, base_of
+
+_FAULTS = 4
+"""Tries of one question that may fail on the way, for each replica."""
+_BUSY_TRIES = 100_000
+"""At 429 and 503 a build's patience is counted in seconds."""
 
 
 class HttpTeacher:
-    """Implements `teacher_cache.teachers.Teacher`; has the local teacher's fingerprint, and gives its bits.
+    """Implements `teacher_cache.teachers.RemoteTeacher`; has the local teacher's fingerprint, and gives its bits.
 
     Every request names the digest that was seen first: should the service change its teacher in the middle of
     a build, it refuses and the build stops.
     """
 
     def __init__(self, spec: TeacherSpec, normalize: NormalizeSpec | None = None) -> None:
-        """Reads the card and compares.
+        """Reads a card and compares.
 
         Args:
-            spec: `model` is http(s)://host:port/<teacher>; `api_key`, or the variable TEACHER_API_KEY.
+            spec: `model` is http(s)://host:port/<teacher>; `api_key`, or the variable TEACHER_API_KEY. Without a
+                `journal` no answer is kept, and no budget can be.
             normalize: the recipe's normalisation; must be the service's where it is given.
 
         Raises:
             TeacherError: the spec asks for something that the service does otherwise.
             ServiceError: the service refused or cannot be reached.
+            BuildError: the journal's folder cannot be used.
         """
-        _refuse_local(spec)
-        self._client = TeacherClient(spec.model, spec.api_key)
-        card = self._client.card()
-        _require_same(spec, card)
-        _require_normalize(normalize, card)
+        refuse_local(spec)
+        if spec.journal is None and spec.budget != BudgetSpec():
+            hint = "Builds have one; elsewhere name its folder."
+            raise TeacherError("teacher.budget", "is counted in a journal: teacher.journal", "no journal", hint)
+        addresses = [Address.of(spec.model, spec.api_key)]
+        addresses += [Address.of(url, spec.api_key, "teacher.replicas") for url in spec.replicas]
+        connections = [Connection(address, spec.timeout, spec.concurrency) for address in addresses]
+        patience = Patience(_BUSY_TRIES, _FAULTS * len(connections), spec.patience)
+        replicas = Replicas(connections)
+        self._card = replicas.first_card(patience)
+        require_same(spec, normalize, self._card)
         self.fields = tuple(spec.fields)
-        self.fingerprint = card.digest
-        self.device, self.threads = card.numerics.device, card.numerics.threads
+        self.fingerprint = self._card.digest
+        self.device, self.threads = self._card.numerics.device, self._card.numerics.threads
+        self.concurrency, self._budget = spec.concurrency, spec.budget
+        self._journal = None
+        if spec.journal is not None:
+            # A try may take the timeout several times over: to connect, to write, to read.
+            self._journal = Journal(Path(spec.journal), key_of(self._card), spec.budget, 4 * spec.timeout)
+        self._questions = PaidQuestions(spec.model, self.fingerprint, replicas, self._journal, patience)
+        self._threads = ThreadPoolExecutor(spec.concurrency, "teacher")
+        self._under_way: set[Future[Fields]] = set()
+        self._end = weakref.finalize(self, _end, self._threads, replicas, self._journal)
 
-    def __call__(self, views_BCHW: Tensor, _labels_B: Tensor | None = None) -> dict[str, Tensor]:
+    def __call__(self, views_BCHW: Tensor, _labels_B: Tensor | None = None) -> Fields:
         """uint8 [B, C, H, W] to float32 fields on the CPU, asked for in one request; none is made with labels."""
-        asked = tuple(dict.fromkeys(map(base_of, self.fields)))
-        answer = self._client.predict(views_BCHW.cpu(), fields=asked, digest=self.fingerprint)
-        found = dict(answer.features)
-        if answer.values is not None:
-            found["logits"] = answer.values
-        for name in asked:
-            if name not in found or len(found[name]) != len(views_BCHW):
-                shape = tuple(found[name].shape) if name in found else "no such tensor"
-                rule = f"must answer {name} for {len(views_BCHW)} images"
-                raise ServiceError(self._client.url, rule, shape, "Is it a teacher-serve of this version?")
+        found = self._questions.ask(views_BCHW.cpu(), tuple(dict.fromkeys(map(base_of, self.fields))))
         return {name: found[base_of(name)] for name in self.fields}
 
+    def submit(self, views_BCHW: Tensor) -> Future[Fields]:
+        """`__call__` in another thread; at most `concurrency` of them ask at once."""
+        future = self._threads.submit(self, views_BCHW)
+        self._under_way.add(future)
+        future.add_done_callback(self._under_way.discard)
+        return future
+
+    def shapes(self, view_shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """The card's: a question could cost."""
+        height, width, channels = self._card.input.shape
+        if tuple(view_shape) != (channels, height, width):
+            rule = f"must have the service's input size, {(channels, height, width)}"
+            raise TeacherError("views", rule, tuple(view_shape), "Change the recipe's size.")
+        return {name: self._card.fields[base_of(name)].shape for name in self.fields}
+
+    def drain(self) -> None:
+        """Ends retries, and waits for the answers that are under way: they may be paid for."""
+        self._questions.hurry.set()
+        try:
+            wait(tuple(self._under_way))
+        finally:
+            self._questions.hurry.clear()
+
+    def settle(self, forget: bool) -> tuple[str, ...]:
+        """Lets the journal's answers go, where it is told to; the account stays."""
+        if self._journal is None:
+            return ()
+        if forget:
+            self._journal.forget()
+        return self._journal.account().notes(self._budget)
+
     def close(self) -> None:
-        """Closes the connection; also done when the teacher is forgotten."""
-        self._client.close()
+        """Closes connections and journal; also done when the teacher is forgotten."""
+        self.drain()
+        self._end()
 
 
-def _refuse_local(spec: TeacherSpec) -> None:
-    given = {"weights": spec.weights, "arguments": spec.arguments, "normalize": spec.normalize}
-    for name, value in given.items():
-        if value:
-            hint = "Remove it: the service has its own."
-            raise TeacherError(f"teacher.{name}", "has no effect on a teacher behind a URL", value, hint)
-
-
-def _require_same(spec: TeacherSpec, card: TeacherCard) -> None:
-    hint = f"Set it as the card says: GET /v1/teachers/{card.name}."
-    for name, field in spec.fields.items():
-        if base_of(name) not in card.fields:
-            known = f"It offers: {', '.join(card.fields)}."
-            raise TeacherError(f"teacher.fields.{name}", "must be offered by the service", name, known)
-        pool = card.fields[base_of(name)].pool
-        if field.pool != pool:
-            raise TeacherError(f"teacher.fields.{name}.pool", f"must be {pool}", field.pool, hint)
-    theirs: dict[str, object] = {
-        "micro_batch": card.micro_batch,
-        "precision": card.numerics.precision,
-        "channels_last": card.numerics.channels_last,
-        "class_names": card.class_names,
-    }
-    for name, value in theirs.items():
-        # What decides bits must be right even where it is a default: the manifest will state it.
-        given = name != "class_names" or spec.class_names is not None
-        if given and getattr(spec, name) != value:
-            raise TeacherError(f"teacher.{name}", f"must be the service's, {value}", getattr(spec, name), hint)
-
-
-def _require_normalize(normalize: NormalizeSpec | None, card: TeacherCard) -> None:
-    if normalize is not None and (normalize.mean, normalize.std) != (card.input.mean, card.input.std):
-        theirs = f"mean {card.input.mean}, std {card.input.std}"
-        hint = "Write the service's into the recipe, or leave it out."
-        raise TeacherError("views.recipe.normalize", f"must be the service's: {theirs}", normalize, hint)
+def _end(threads: ThreadPoolExecutor, replicas: Replicas, journal: Journal | None) -> None:
+    threads.shutdown(wait=False)
+    replicas.close()
+    if journal is not None:
+        journal.close()

@@ -20,6 +20,7 @@ from teacher_cache.errors import BuildError, SpecError, TeacherCacheError
 from teacher_cache.lease import LEAD, Lease, at_work
 from teacher_cache.left import is_open, rows_of, views_together, what_is_left
 from teacher_cache.manifest import Manifest, read_manifest
+from teacher_cache.paid import closed_after, settle, with_journal
 from teacher_cache.plan import Opened, open_parts, worker_count
 from teacher_cache.receipts import Receipt
 from teacher_cache.seal import clear_superseded, seal
@@ -65,16 +66,19 @@ def build(
     torch.set_num_threads(spec.compute.threads)
     try:
         with file_errors(root.path) if isinstance(root, LocalRoot) else contextlib.nullcontext():
-            opened = open_parts(spec)
-            beginning = prepare(root, opened)
-            counter = _Counter(progress, beginning.rows_left)
-            if beginning.done:
-                assert beginning.found is not None, "it is sealed"
-                _tidy(root, beginning.found)
-                counter.at(0)
-                return report_of(root, beginning, 0, 0, 0.0)
-            with Lease(root, join) as lease:
-                return _build(root, opened, beginning, lease, executor, counter)
+            opened = open_parts(with_journal(spec))
+            with closed_after(opened.teacher):
+                beginning = prepare(root, opened)
+                counter = _Counter(progress, beginning.rows_left)
+                if beginning.done:
+                    assert beginning.found is not None, "it is sealed"
+                    _tidy(root, beginning.found)
+                    counter.at(0)
+                    report = report_of(root, beginning, 0, 0, 0.0)
+                else:
+                    with Lease(root, join) as lease:
+                        report = _build(root, opened, beginning, lease, executor, counter)
+                return replace(report, warnings=(*report.warnings, *settle(spec, opened.teacher)))
     finally:
         torch.set_num_threads(threads)
 

@@ -10,6 +10,7 @@ import torch
 from teacher_cache.addition import Addition
 from teacher_cache.encodings import row_bytes
 from teacher_cache.encodings.calibration import Calibration
+from teacher_cache.paid import closed_after, with_journal
 from teacher_cache.plan import (
     Opened,
     draft,
@@ -21,7 +22,7 @@ from teacher_cache.plan import (
     worker_count,
 )
 from teacher_cache.spec import BuildSpec
-from teacher_cache.teachers import ask_whole
+from teacher_cache.teachers import RemoteTeacher, ask_whole
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,9 @@ class Cost:
 
 
 def estimate(spec: BuildSpec, micro_batches: int = 3) -> Cost:
-    """Times the real teacher on real views, one warm-up and then a few micro-batches, and writes nothing.
+    """Times the real teacher on real views, one warm-up and then a few micro-batches, and writes no cache.
+
+    Answers that are paid for go into the journal all the same: the build will want them, too.
 
     Args:
         spec: the build that is being planned.
@@ -64,11 +67,12 @@ def estimate(spec: BuildSpec, micro_batches: int = 3) -> Cost:
     threads = torch.get_num_threads()
     torch.set_num_threads(spec.compute.threads)
     try:
-        opened = open_parts(spec)
-        seen = prospect(opened, named_source(opened.source, None))
-        addition = draft(seen, whole_extent(seen)).addition
-        size: int = addition.spec["teacher"]["micro_batch"]
-        teacher_seconds, render_seconds = _time(opened, size, micro_batches)
+        opened = open_parts(with_journal(spec))
+        with closed_after(opened.teacher):
+            seen = prospect(opened, named_source(opened.source, None))
+            addition = draft(seen, whole_extent(seen)).addition
+            size: int = addition.spec["teacher"]["micro_batch"]
+            teacher_seconds, render_seconds = _time(opened, size, micro_batches)
     finally:
         torch.set_num_threads(threads)
     by_field = _field_bytes(addition)
@@ -92,13 +96,15 @@ def _time(opened: Opened, size: int, micro_batches: int) -> tuple[float, float]:
     views = opened.view_of(rows, 0)
     render = time.perf_counter() - started
     seconds = []
-    for _ in range(micro_batches + 1):
+    # A remote teacher is asked once: its answers cost, and no second one comes any faster from a journal.
+    times = 1 if isinstance(opened.teacher, RemoteTeacher) else micro_batches + 1
+    for _ in range(times):
         started = time.perf_counter()
         # Copying the answer back is what waits for a GPU to finish.
         for value in ask_whole(opened.teacher, views.pixels_BCHW, size).values():
             value.cpu()
         seconds.append(time.perf_counter() - started)
-    return min(seconds[1:]) / size, render / len(rows)
+    return min(seconds[1:] or seconds) / size, render / len(rows)
 
 
 def _field_bytes(addition: Addition) -> dict[str, int]:
@@ -107,9 +113,15 @@ def _field_bytes(addition: Addition) -> dict[str, int]:
 
 
 def _warnings(spec: BuildSpec) -> tuple[str, ...]:
-    if spec.store.shard_rows % spec.teacher.micro_batch:
-        return (
-            f"store.shard_rows ({spec.store.shard_rows}) is not a multiple of teacher.micro_batch "
-            f"({spec.teacher.micro_batch}): the last micro-batch of every shard is padded.",
+    warnings = []
+    if "://" in spec.teacher.model:
+        warnings.append(
+            "The teacher is behind a URL: its time is that of one question, or of a look into the journal where it was "
+            "asked before; black images that fill up a micro-batch are asked for, too."
         )
-    return ()
+    if spec.store.shard_rows % spec.teacher.micro_batch:
+        warnings.append(
+            f"store.shard_rows ({spec.store.shard_rows}) is not a multiple of teacher.micro_batch "
+            f"({spec.teacher.micro_batch}): the last micro-batch of every shard is padded."
+        )
+    return tuple(warnings)

@@ -9,6 +9,7 @@
     │   ├── BuildError          a shard could not be made
     │   ├── NonFiniteError      a teacher answered NaN or inf, or the encoding would overflow
     │   └── ServiceError        a teacher service refused or could not answer
+    │       └── BudgetError     what may be spent on it is spent
     └── CacheError              a cache cannot be trusted or does not fit (exit 1)
         ├── CacheNotFoundError  there is no cache at that place          (exit 2)
         ├── FormatError         written by another version of the format
@@ -79,6 +80,10 @@ class NonFiniteError(WorkError):
 
 class ServiceError(WorkError):
     """A teacher service refused a request or could not answer it."""
+
+
+class BudgetError(ServiceError):
+    """What may be spent on a teacher service is spent; all that was answered is kept."""
 
 
 class CacheError(TeacherCacheError):

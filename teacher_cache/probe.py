@@ -7,7 +7,7 @@ import torch
 from teacher_cache.errors import TeacherError
 from teacher_cache.sources import Source
 from teacher_cache.spec import TeacherSpec, is_logits, needs_label
-from teacher_cache.teachers import Teacher, ask_whole
+from teacher_cache.teachers import RemoteTeacher, Teacher, ask_whole
 from teacher_cache.views import Recipe
 
 
@@ -17,6 +17,10 @@ def ask(teacher: Teacher, spec: TeacherSpec, size: int, view_shape: tuple[int, .
     Raises:
         TeacherError: the teacher fails; what to do differs where it is for want of memory.
     """
+    if isinstance(teacher, RemoteTeacher):
+        # A question may cost.
+        found = teacher.shapes(view_shape)
+        return {name: found[name] for name in spec.fields}
     try:
         answer = ask_whole(teacher, torch.zeros((size, *view_shape), dtype=torch.uint8), size)
     except torch.OutOfMemoryError as error:

@@ -7,7 +7,8 @@ from one decoding; each is a shard of its own, and none depends on which others 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -32,7 +33,7 @@ from teacher_cache.spec import HEAD_INPUT, BuildSpec, is_logits
 from teacher_cache.storage import FileRecord, Store, open_store
 from teacher_cache.storage.root import Root
 from teacher_cache.tables import read_constants
-from teacher_cache.teachers import ask_whole
+from teacher_cache.teachers import RemoteTeacher, begin_whole
 from teacher_cache.views import How, Views
 from teacher_cache.views.philox import view_words
 
@@ -128,10 +129,31 @@ def try_rows(job: Job, work: Work, rows: Collection[int]) -> None:
 def _answer(job: Job, shards: list[_Shard], number: int, without: Collection[int]) -> None:
     if not shards:
         return
-    for start, stop in _micro_batches(*job.addition.span(number), job.micro_batch):
-        decoded = _decode(job, range(start, stop), without)
-        for shard in shards:
-            shard.answer(decoded)
+    teacher = job.opened.teacher
+    most = teacher.concurrency if isinstance(teacher, RemoteTeacher) else 1
+    # Questions may be under way side by side; what is done with the answers is done in the order of the rows.
+    asked: deque[tuple[_Shard, _Question]] = deque()
+    try:
+        for start, stop in _micro_batches(*job.addition.span(number), job.micro_batch):
+            decoded = _decode(job, range(start, stop), without)
+            for shard in shards:
+                question = shard.ask(decoded)
+                if question is not None:
+                    asked.append((shard, question))
+                if len(asked) == most:
+                    _finish_first(asked)
+        while asked:
+            _finish_first(asked)
+    except BaseException:
+        # Answers that are on their way may be paid for: they are kept before this worker ends.
+        if isinstance(teacher, RemoteTeacher):
+            teacher.drain()
+        raise
+
+
+def _finish_first(asked: deque[tuple[_Shard, _Question]]) -> None:
+    shard, question = asked.popleft()
+    shard.finish(question)
 
 
 def _decode(job: Job, rows: Iterable[int], without: Collection[int]) -> Decoded:
@@ -188,6 +210,15 @@ def _micro_batches(start: int, stop: int, size: int) -> Iterator[tuple[int, int]
         yield first, min(first + size, stop)
 
 
+@dataclass(frozen=True, eq=False)
+class _Question:
+    """A micro-batch of one view that the teacher has been asked about."""
+
+    rows: list[int]
+    views: Views
+    answer: Callable[[], dict[str, Tensor]]
+
+
 class _Shard:
     """The columns of one shard as they fill up."""
 
@@ -216,13 +247,28 @@ class _Shard:
 
     def answer(self, decoded: Decoded) -> None:
         """One micro-batch, from decoded rows to encoded columns."""
+        question = self.ask(decoded)
+        if question is not None:
+            self.finish(question)
+
+    def ask(self, decoded: Decoded) -> _Question | None:
+        """One micro-batch, from decoded rows to a question; None where none of them could be decoded."""
         self.tombstones += decoded.broken
         rows = decoded.rows.tolist()
         if not rows:
-            return
+            return None
         self.content[decoded.rows - self.start] = decoded.content
         views = self._views(decoded)
-        outputs = self._ask(rows, views.pixels_BCHW)
+        labels = self.job.opened.source.labels
+        labels_B = None if labels is None else torch.from_numpy(labels[rows])
+        return _Question(
+            rows, views, begin_whole(self.job.opened.teacher, views.pixels_BCHW, self.job.micro_batch, labels_B)
+        )
+
+    def finish(self, question: _Question) -> None:
+        """The same micro-batch, from the answer to encoded columns."""
+        rows, views = question.rows, question.views
+        outputs = self._answered(question)
         local = np.array(rows) - self.start
         if self.job.addition.extent.proof:
             proof = self.columns[self.job.addition.proof_group(self.view).path]
@@ -260,11 +306,10 @@ class _Shard:
             raise BuildError(self._name(rows), f"must have views of {addition.view_shape}", found, hint)
         return views
 
-    def _ask(self, rows: list[int], pixels_BCHW: Tensor) -> dict[str, Tensor]:
-        size, labels = self.job.micro_batch, self.job.opened.source.labels
-        labels_B = None if labels is None else torch.from_numpy(labels[rows])
+    def _answered(self, question: _Question) -> dict[str, Tensor]:
+        rows, size = question.rows, self.job.micro_batch
         try:
-            outputs = ask_whole(self.job.opened.teacher, pixels_BCHW, size, labels_B)
+            outputs = question.answer()
         except TeacherCacheError:
             raise
         except torch.OutOfMemoryError as error:

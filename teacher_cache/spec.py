@@ -25,6 +25,7 @@ from pydantic import (
 )
 
 from teacher_cache.errors import SpecError
+from teacher_cache.service_spec import REMOTE_ONLY, ServiceSpec
 
 
 class Strict(BaseModel):
@@ -288,7 +289,7 @@ def _logits_only() -> dict[str, FieldSpec]:
     return {"logits": FieldSpec()}
 
 
-class TeacherSpec(Strict):
+class TeacherSpec(ServiceSpec):
     """Which frozen model answers, on what, and what is kept of its answers."""
 
     name: str = Field(default="teacher", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
@@ -301,7 +302,6 @@ class TeacherSpec(Strict):
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     channels_last: bool = False
     micro_batch: int = Field(default=64, gt=0, description="rows in one forward pass; part of the identity")
-    api_key: str | None = Field(default=None, exclude=True, description="for http(s) teachers; never stored")
 
     @field_validator("fields", mode="before")
     @classmethod
@@ -338,6 +338,15 @@ class TeacherSpec(Strict):
     def _differentiable(self) -> TeacherSpec:
         if self.precision == "fp16" and any(map(needs_label, self.fields)):
             raise ValueError("`saliency` needs precision fp32 or bf16: small gradients vanish in fp16")
+        return self
+
+    @model_validator(mode="after")
+    def _remote(self) -> TeacherSpec:
+        given = next((name for name in REMOTE_ONLY if name in self.model_fields_set), None)
+        if given is not None and "://" not in self.model:
+            raise ValueError(f"`{given}` is for teachers behind a URL, and {self.model!r} is here")
+        if self.model in self.replicas or len(set(self.replicas)) < len(self.replicas):
+            raise ValueError("`replicas` names a URL twice; `model` is the first one")
         return self
 
 

@@ -6,8 +6,11 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
 from starlette.types import Receive, Scope, Send
@@ -28,6 +31,7 @@ import teacher_cache as tc
 from services.app import create_app
 from services.client import TeacherClient, open_http_teacher
 from services.policy import Policy
+from services.retries import Patience, Retries
 from services.settings import Settings
 from services.teachers import open_served
 from services.wire import pack_tensors
@@ -279,39 +283,114 @@ def problem(status: int) -> bytes:
 GOOD = (200, {}, pack_tensors({"values": toy_logits(views(2))}, {"digest": "d"}))
 
 
-@pytest.mark.parametrize("status", [429, 503])
-def test_a_busy_service_is_waited_for_as_long_as_it_asks(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def waits_of(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The seconds that the client waits from now on; it does not."""
     waits: list[float] = []
     monkeypatch.setattr("services.transport.time.sleep", waits.append)
-    late = {"Retry-After": "Sat, 21 Nov 2026 04:00:00 GMT"}
-    busy = problem(status)
+    return waits
+
+
+def asked(app: Scripted, **options: float) -> TeacherCacheError | None:
+    """What a client that asks once ends with; None for an answer."""
+    with running(app) as base, TeacherClient(f"{base}/toy", **options) as client:  # type: ignore[arg-type]
+        try:
+            client.predict(views(2))
+        except TeacherCacheError as error:
+            return error
+    return None
+
+
+def in_seconds(seconds: int) -> str:
+    """An HTTP date."""
+    return format_datetime(datetime.now(UTC) + timedelta(seconds=seconds), usegmt=True)
+
+
+def test_our_budget_is_waited_for_exactly_as_long_as_told(monkeypatch: pytest.MonkeyPatch) -> None:
     app = Scripted(
-        (status, {"Retry-After": "7"}, busy), (status, late, busy), (status, {"Retry-After": "9999"}, busy), GOOD
+        (429, {"Retry-After": "7"}, problem(429)), (429, {"Retry-After": in_seconds(60)}, problem(429)), GOOD
     )
-    with running(app) as base, TeacherClient(f"{base}/toy") as client:
-        waits.clear()
-        found = client.predict(views(2))
-    assert found.values is not None
-    assert app.calls == 4
-    # An HTTP date is not read: the wait doubles instead. Nobody is waited for longer than half a minute.
-    assert [wait for wait in waits if wait > 0.05] == [7, 0.4, 30]
+    waits = waits_of(monkeypatch)
+    assert asked(app) is None
+    long = [wait for wait in waits if wait > 1]
+    assert long[0] == 7
+    assert 50 < long[1] <= 60
+    assert app.calls == 3
+
+
+@pytest.mark.parametrize(
+    ("headers", "words"),
+    [({}, "does not say when"), ({"Retry-After": "soon"}, "does not say when"), ({"Retry-After": "9999"}, "in 9999 s")],
+)
+def test_a_budget_that_is_gone_for_good_is_given_up_at_once(headers: dict[str, str], words: str) -> None:
+    app = Scripted((429, headers, problem(429)))
+    error = asked(app)
+    assert isinstance(error, ServiceError)
+    assert words in str(error)
+    assert "Try again later" in str(error)
+    assert app.calls == 1
+
+
+def test_a_service_without_room_is_come_back_to_later_and_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    busy = (503, {}, problem(503))
+    app = Scripted(busy, (503, {"Retry-After": "3"}, problem(503)), busy, busy, GOOD)
+    waits = waits_of(monkeypatch)
+    assert asked(app) is None
+    found = [wait for wait in waits if wait != 0.01]
+    assert found[1] == 3
+    for wait, whole in zip([found[0], *found[2:]], [0.1, 0.4, 0.8], strict=True):
+        assert whole / 2 <= wait <= whole
+
+
+def test_patience_is_for_all_waits_together() -> None:
+    app = Scripted((503, {"Retry-After": "1"}, problem(503)))
+    error = asked(app, patience=0.9)
+    assert "come back in 1 s, and our patience is 0.9 s" in str(error)
+    assert app.calls == 1
+
+
+def test_waits_of_two_clients_are_not_the_same() -> None:
+    error = httpx.ConnectError("refused")
+    low, high = (Retries("url", Patience(faults=9), draw).after(error) for draw in (lambda: 0.0, lambda: 0.999))
+    assert low < high
 
 
 def test_a_service_that_stays_busy_is_given_up() -> None:
     app = Scripted((503, {"Retry-After": "0"}, problem(503)))
-    given_up = pytest.raises(ServiceError, match=r"queue \(HTTP 503.*must have room.*Try again later")
-    with running(app) as base, TeacherClient(f"{base}/toy", attempts=3) as client, given_up:
-        client.predict(views(2))
+    error = asked(app, attempts=3)
     assert app.calls == 3
+    assert "HTTP 503" in str(error)
+    assert "3 tries in" in str(error)
 
 
-@pytest.mark.parametrize("status", [400, 404, 500, 504])
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 412, 500])
 def test_other_refusals_are_not_asked_again(status: int) -> None:
     app = Scripted((status, {}, b"<html>a proxy's words</html>"))
-    refused = pytest.raises(ServiceError, match=f"success or a problem.*{status}")
-    with running(app) as base, TeacherClient(f"{base}/toy") as client, refused:
-        client.predict(views(2))
+    assert f"success or a problem (found: {status})" in str(asked(app))
     assert app.calls == 1
+
+
+@pytest.mark.parametrize("status", [502, 504])
+def test_a_gateways_failures_are_tried_a_few_times(status: int) -> None:
+    app = Scripted((status, {}, b"<html>a proxy's words</html>"))
+    assert "4 tries in" in str(asked(app))
+    assert app.calls == 4
+    assert asked(Scripted((status, {}, b""), (status, {}, b""), (status, {}, b""), GOOD)) is None
+
+
+def test_an_answer_that_is_cut_off_is_asked_for_again() -> None:
+    cut = (200, {"Content-Length": "5000"}, GOOD[2])
+    assert asked(Scripted(cut, GOOD)) is None
+    error = asked(Scripted(cut))
+    assert "broke off" in str(error)
+    assert "4 tries in" in str(error)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"attempts": 0}, {"faults": 0}, {"seconds": -1.0}, {"first": 0.0}, {"first": 40.0}]
+)
+def test_impossible_patience_is_refused(changes: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="impossible"):
+        Patience(**changes)  # type: ignore[arg-type]
 
 
 def test_answers_that_are_none_are_refused() -> None:
@@ -326,13 +405,16 @@ def test_answers_that_are_none_are_refused() -> None:
 def test_every_request_of_a_build_names_the_digest_and_the_row_count_is_checked() -> None:
     served = toy_served(open_gate(ToyTeacher()))
     card = served.card(Settings(), Policy()).model_dump_json().encode()
-    app = Scripted((200, {}, card), GOOD, (200, {}, pack_tensors({"feature:x": torch.zeros(2)})))
+    good = pack_tensors({"values": toy_logits(views(2))}, {"digest": served.digest})
+    app = Scripted((200, {}, card), (200, {}, good), (200, {}, pack_tensors({"feature:x": torch.zeros(2)})), GOOD)
     with running(app) as base:
         teacher = open_http_teacher(TeacherSpec(model=f"{base}/toy", micro_batch=8, api_key=KEY))
         assert torch.equal(teacher(views(2))["logits"], toy_logits(views(2)))
         assert app.seen[b"if-match"] == f'"{served.digest}"'.encode()
         assert app.seen[b"authorization"] == f"Bearer {KEY}".encode()
         with pytest.raises(ServiceError, match="must answer logits for 2 images"):
+            teacher(views(2))
+        with pytest.raises(ServiceError, match="must answer as the teacher that was asked for"):
             teacher(views(2))
         teacher.close()
 

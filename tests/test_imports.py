@@ -30,12 +30,12 @@ OWNERS = {
 """Which files, by the beginning of their path, may import a heavy package, at the top or inside a function."""
 
 LEVELS = [
-    {"errors", "imports", "fingerprint", "signed", "spec"},
+    {"errors", "imports", "fingerprint", "signed", "spec", "service_spec"},
     {"sources", "views", "teachers", "encodings", "storage"},
     {"addition", "manifest", "builder", "lease", "tables"},
     {"receipts", "poison", "extents", "index"},
     {"samples", "gather", "loader", "calibrate", "choice", "probe"},
-    {"plan", "begin", "shard_job", "left", "claims", "seal", "proof", "cached_views", "reader"},
+    {"plan", "begin", "shard_job", "left", "claims", "seal", "proof", "cached_views", "reader", "paid"},
     {"precompute", "build", "abandon", "build_report", "agreement", "problem", "verify", "repair", "cost", "report"},
     {"cli", "console", "__init__"},
 ]

@@ -14,12 +14,12 @@ from teacher_cache.errors import TeacherError
 from teacher_cache.fingerprint import bytes_digest
 from teacher_cache.imports import import_attribute, timm_model, torchvision_model
 from teacher_cache.spec import NormalizeSpec, TeacherSpec
-from teacher_cache.teachers.base import Teacher, ask_whole
+from teacher_cache.teachers.base import RemoteTeacher, Teacher, ask_whole, begin_whole
 from teacher_cache.teachers.exported import ExportedModule
 from teacher_cache.teachers.torch_teacher import TorchTeacher
 from teacher_cache.teachers.weights import load_into, state_digest
 
-__all__ = ["Teacher", "TorchTeacher", "ask_whole", "load_teacher", "resolve_device"]
+__all__ = ["RemoteTeacher", "Teacher", "TorchTeacher", "ask_whole", "begin_whole", "load_teacher", "resolve_device"]
 
 
 def resolve_device(device: str) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -28,13 +30,22 @@ def ask_whole(
         labels_B: int64 class numbers, for fields that are made with them. Where planning looks at shapes, at speed
             or at other fields, it need not know any: class 0 stands for them, as it does for fillings.
     """
+    return begin_whole(teacher, views_BCHW, micro_batch, labels_B)()
+
+
+def begin_whole(
+    teacher: Teacher, views_BCHW: Tensor, micro_batch: int, labels_B: Tensor | None = None
+) -> Callable[[], dict[str, Tensor]]:
+    """`ask_whole` in two steps: gives what returns the answer; a remote teacher is under way to it meanwhile."""
     whole = padded(views_BCHW, micro_batch)
+    if isinstance(teacher, RemoteTeacher):
+        return teacher.submit(whole).result
     if not any(map(needs_label, teacher.fields)):
-        return teacher(whole)
+        return lambda: teacher(whole)
     filled_B = torch.zeros(micro_batch, dtype=torch.int64)
     if labels_B is not None:
         filled_B[: len(labels_B)] = labels_B
-    return teacher(whole, filled_B)
+    return lambda: teacher(whole, filled_B)
 
 
 class Teacher(Protocol):
@@ -64,4 +75,43 @@ class Teacher(Protocol):
         """uint8 [B, C, H, W] views to float32 [B, ...] values of each field, on the teacher's device.
 
         Labels are given where one of `fields` is made with them, and only there.
+        """
+
+
+@runtime_checkable
+class RemoteTeacher(Teacher, Protocol):
+    """A teacher whose answers come over a network and may cost something.
+
+    Obligations beyond a teacher's: `submit` may be called again before the last answer is there, from one thread;
+    an answer that has arrived is never asked for again, however often the process is killed.
+    """
+
+    @property
+    def concurrency(self) -> int:
+        """How many questions may be under way at once."""
+
+    def submit(self, views_BCHW: Tensor, /) -> Future[dict[str, Tensor]]:
+        """`__call__`, answered later."""
+
+    def shapes(self, view_shape: tuple[int, ...], /) -> dict[str, tuple[int, ...]]:
+        """The shape of one row of each field, without asking a question.
+
+        Raises:
+            TeacherError: it does not take views of this shape.
+        """
+
+    def drain(self) -> None:
+        """Tries nothing again, and returns when the answers that are under way have been kept, or are lost."""
+
+    def close(self) -> None:
+        """Drains, and gives back what is open; nothing is asked afterwards."""
+
+    def settle(self, forget: bool, /) -> tuple[str, ...]:
+        """All that was asked for is in a sealed cache.
+
+        Args:
+            forget: whether the answers may go, which are kept until then.
+
+        Returns:
+            What whoever pays should know.
         """

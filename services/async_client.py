@@ -1,0 +1,170 @@
+"""The client for programs that have an event loop, and the same rules."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable, Sequence
+from pathlib import Path
+from types import TracebackType
+
+import httpx
+from torch import Tensor
+
+from services.prediction import CARD, Prediction, Wish, ask_file, ask_images, read_card, read_prediction
+from services.retries import Patience, Retries
+from services.schemas import Output, TeacherCard
+from services.transport import Address, Asked, client_options
+
+__all__ = ["AsyncTeacherClient"]
+
+
+class AsyncTeacherClient:
+    """One teacher of a service. Keeps its connections; for one event loop, and any number of its tasks.
+
+    A question that breaks off or comes too late is asked again: it may then be answered, and counted, twice.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        api_key: str | None = None,
+        *,
+        timeout: float = 120.0,
+        attempts: int = 8,
+        patience: float = 600.0,
+        connections: int = 32,
+    ) -> None:
+        """Asks nothing yet; see `TeacherClient`.
+
+        Args:
+            url: `http://host:port/<teacher>`.
+            api_key: bearer key; the variable TEACHER_API_KEY where None.
+            timeout: seconds that one request may take.
+            attempts: tries of one question in all.
+            patience: seconds that one question may wait between its tries.
+            connections: requests that may be under way at once; further ones wait for one of them.
+
+        Raises:
+            TeacherError: the URL names no teacher.
+        """
+        address = Address.of(url, api_key)
+        self.url, self._root = url, address.root
+        self._patience = Patience(attempts=attempts, seconds=patience)
+        self._room = asyncio.Semaphore(connections)
+        self._http = httpx.AsyncClient(**client_options(address, timeout, connections))
+
+    async def __aenter__(self) -> AsyncTeacherClient:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Closes the connections."""
+        await self._http.aclose()
+
+    async def card(self) -> TeacherCard:
+        """What the teacher takes and offers; raises `ServiceError`."""
+        return read_card(self.url, await self._send(CARD))
+
+    async def predict(
+        self,
+        images_BCHW: Tensor,
+        *,
+        output: Output = "logits",
+        k: int | None = None,
+        temperature: float | None = None,
+        fields: Sequence[str] = ("logits",),
+        digest: str | None = None,
+        deadline_ms: int | None = None,
+    ) -> Prediction:
+        """Asks for a batch; arguments and errors are those of `TeacherClient.predict`."""
+        wish = Wish(output, k, temperature, fields, digest, deadline_ms)
+        return await self._predict(ask_images(images_BCHW, wish))
+
+    async def predict_file(
+        self,
+        path: str | Path,
+        *,
+        output: Output = "logits",
+        k: int | None = None,
+        temperature: float | None = None,
+        fields: Sequence[str] = ("logits",),
+    ) -> Prediction:
+        """Asks for one JPEG, PNG or WebP file; see `TeacherClient.predict_file`."""
+        asked = await asyncio.to_thread(ask_file, path, Wish(output, k, temperature, fields))
+        return await self._predict(asked)
+
+    async def stream(
+        self,
+        batches: Iterable[Tensor] | AsyncIterable[Tensor],
+        *,
+        concurrency: int = 8,
+        output: Output = "logits",
+        k: int | None = None,
+        temperature: float | None = None,
+        fields: Sequence[str] = ("logits",),
+        digest: str | None = None,
+    ) -> AsyncGenerator[Prediction, None]:
+        """Asks for batch after batch, a few of them side by side, and gives the answers in the order of the batches.
+
+        Args:
+            batches: uint8 [B, C, H, W] each; taken as answers are, so an endless source is fine.
+            concurrency: how many may be under way, or answered and not yet taken.
+            output: for this and all below see `TeacherClient.predict`.
+            k: as there.
+            temperature: as there.
+            fields: as there.
+            digest: as there.
+
+        Raises:
+            ValueError: `concurrency` is below 1.
+            TeacherCacheError: as `predict` raises it, in the place of that answer; what is under way is cancelled.
+        """
+        if concurrency < 1:
+            raise ValueError(f"impossible: {concurrency=}")
+        wish = Wish(output, k, temperature, fields, digest)
+        under_way: deque[asyncio.Task[Prediction]] = deque()
+        try:
+            async for batch in _each(batches):
+                under_way.append(asyncio.create_task(self._predict(ask_images(batch, wish))))
+                if len(under_way) == concurrency:
+                    yield await under_way.popleft()
+            while under_way:
+                yield await under_way.popleft()
+        finally:
+            for task in under_way:
+                task.cancel()
+            await asyncio.gather(*under_way, return_exceptions=True)
+
+    async def _predict(self, asked: Asked) -> Prediction:
+        return read_prediction(self.url, await self._send(asked))
+
+    async def _send(self, asked: Asked) -> bytes:
+        retries = Retries(self.url, self._patience)
+        while True:
+            try:
+                async with self._room:
+                    answer = await self._http.request(
+                        asked.method,
+                        self._root + asked.path,
+                        content=asked.body,
+                        headers=asked.headers,
+                        params=asked.options,
+                    )
+                return answer.raise_for_status().content
+            except httpx.HTTPError as error:
+                seconds = retries.after(error)
+            await asyncio.sleep(seconds)
+
+
+async def _each(batches: Iterable[Tensor] | AsyncIterable[Tensor]) -> AsyncIterator[Tensor]:
+    if isinstance(batches, AsyncIterable):
+        async for batch in batches:
+            yield batch
+    else:
+        for batch in batches:
+            yield batch
