@@ -23,6 +23,19 @@ def require_same(spec: TeacherSpec, normalize: NormalizeSpec | None, card: Teach
     """Raises `TeacherError` where the configuration asks for something that the service does otherwise."""
     _require_fields(spec, card)
     _require_normalize(normalize, card)
+    _require_plain(card)
+
+
+def _require_plain(card: TeacherCard) -> None:
+    """A key's limits must not change what a cache would keep under the teacher's own fingerprint."""
+    hint = "Ask whoever serves it for a key that may build caches."
+    if card.limits.rounding is not None:
+        rule = "must give the teacher's own values, and this key's are rounded"
+        raise TeacherError("teacher.api_key", rule, card.limits.rounding, hint)
+    if card.limits.by_id_only:
+        raise TeacherError("teacher.api_key", "must be allowed to bring images", "by_id_only", hint)
+    if "logits" not in card.outputs:
+        raise TeacherError("teacher.api_key", "must be allowed the output logits", card.outputs, hint)
 
 
 def require_replica(ours: TeacherCard, theirs: TeacherCard, url: str) -> None:
