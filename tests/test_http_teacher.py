@@ -441,6 +441,8 @@ def test_a_teacher_that_changes_in_the_middle_of_a_build_stops_it() -> None:
 )
 def test_a_key_whose_limits_change_the_answers_builds_no_cache(limits: dict[str, object], said: str) -> None:
     """Rounded values under the exact teacher's fingerprint would be a cache that lies."""
-    card = toy_served(open_gate(ToyTeacher())).card(Settings(), Policy.model_validate(limits)).model_dump_json().encode()
+    card = (
+        toy_served(open_gate(ToyTeacher())).card(Settings(), Policy.model_validate(limits)).model_dump_json().encode()
+    )
     with running(Scripted((200, {}, card))) as base, pytest.raises(TeacherError, match=said):
         open_http_teacher(TeacherSpec(model=f"{base}/toy", micro_batch=8, api_key=KEY))

@@ -10,6 +10,7 @@ import threading
 import time
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -26,6 +27,7 @@ from toy_service_models import (
     ToyTeacher,
     open_gate,
     picture,
+    running,
     serving,
     toy_logits,
     toy_served,
@@ -605,3 +607,19 @@ def test_limits_that_contradict_each_other_are_refused() -> None:
         create_app({"toy": toy_served(ToyTeacher(), micro_batch=8)}, Settings(max_images=7))
     with pytest.raises(SpecError, match="teachers"):
         create_app({}, Settings())
+
+
+def test_a_hundred_identical_questions_at_once_are_one_forward_pass() -> None:
+    """Each comes on a connection of its own, and gets its own answer."""
+    teacher, body = ToyTeacher(), pack_images(views(3, 7))
+    app = create_app({"toy": toy_served(teacher)}, Settings(queue_images=1024))
+    with running(app) as base, ThreadPoolExecutor(100) as pool:
+        batcher = app.state.service.batchers["toy"]
+        wait_until(lambda: batcher.warm)
+        asked = [pool.submit(httpx.post, base + PREDICT, content=body, headers=TENSORS, timeout=60) for _ in range(100)]
+        wait_until(lambda: sum(len(one.waiters) for one in batcher._asked.values()) == 100, 60)
+        teacher.gate.set()
+        answers = [one.result(60) for one in asked]
+    assert {answer.status_code for answer in answers} == {200}
+    assert all(torch.equal(unpack_tensors(answer.content)["values"], toy_logits(views(3, 7))) for answer in answers)
+    assert len(teacher.batches) == 1
