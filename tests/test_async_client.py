@@ -122,7 +122,7 @@ def test_a_stream_ends_with_its_first_error_and_cancels_the_rest(toy: tuple[str,
 
 def test_a_stream_that_is_left_is_cancelled(toy: tuple[str, Faulty]) -> None:
     url, faulty = toy
-    faulty.fate, faulty.late = lambda number: "late" if number else "answer", 4.0
+    faulty.fate, faulty.late = lambda number: "late" if number else "answer", 2.0
 
     async def ask(client: AsyncTeacherClient) -> None:
         stream = client.stream([views(1)] * 100, concurrency=4)
