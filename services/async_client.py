@@ -51,7 +51,6 @@ class AsyncTeacherClient:
         address = Address.of(url, api_key)
         self.url, self._root = url, address.root
         self._patience = Patience(attempts=attempts, seconds=patience)
-        self._room = asyncio.Semaphore(connections)
         self._http = httpx.AsyncClient(**client_options(address, timeout, connections))
 
     async def __aenter__(self) -> AsyncTeacherClient:
@@ -147,14 +146,13 @@ class AsyncTeacherClient:
         retries = Retries(self.url, self._patience)
         while True:
             try:
-                async with self._room:
-                    answer = await self._http.request(
-                        asked.method,
-                        self._root + asked.path,
-                        content=asked.body,
-                        headers=asked.headers,
-                        params=asked.options,
-                    )
+                answer = await self._http.request(
+                    asked.method,
+                    self._root + asked.path,
+                    content=asked.body,
+                    headers=asked.headers,
+                    params=asked.options,
+                )
                 return answer.raise_for_status().content
             except httpx.HTTPError as error:
                 seconds = retries.after(error)

@@ -20,7 +20,7 @@ import httpx
 from teacher_cache.errors import ServiceError
 
 _GATEWAY = (502, 504)
-_NEVER_ARRIVED = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
+_NEVER_ARRIVED = (httpx.ConnectError, httpx.ConnectTimeout)
 
 
 @dataclass(frozen=True)

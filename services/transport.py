@@ -66,7 +66,7 @@ def client_options(address: Address, timeout: float, connections: int) -> dict[s
     """What httpx's clients, sync and async, are made with."""
     return {
         "headers": address.headers,
-        "timeout": httpx.Timeout(timeout, connect=min(timeout, _CONNECT)),
+        "timeout": httpx.Timeout(timeout, connect=min(timeout, _CONNECT), pool=None),
         "limits": httpx.Limits(max_connections=connections, max_keepalive_connections=connections),
     }
 

@@ -197,7 +197,7 @@ def test_killed_in_a_loop_until_it_ends(folder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("seed", range(10, 25))
+@pytest.mark.parametrize("seed", range(10, 16))
 def test_killed_more_often(folder: Path, tmp_path: Path, seed: int) -> None:
     killed(folder, tmp_path / "case", "serial", seed, 12)
 
