@@ -365,15 +365,15 @@ class TestLost:
         assert tree(root) == whole
 
     def test_inside_a_shard(self, spec: BuildSpec, whole: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-        root, real = Path(spec.cache), _Shard.answer
+        root, real = Path(spec.cache), _Shard.finish
 
-        def answer(shard: _Shard, decoded: Any) -> None:
-            real(shard, decoded)
+        def finish(shard: _Shard, question: Any) -> None:
+            real(shard, question)
             if (shard.view, shard.shard) == (0, 2) and not list(root.glob("claims/v0000-s000002.*.json")):
                 usurp(root, "v0000-s000002", seconds=0.4)
 
         with monkeypatch.context() as patch:
-            patch.setattr(_Shard, "answer", answer)
+            patch.setattr(_Shard, "finish", finish)
             with pytest.raises(BuildError, match=r"has lost its lease.*v0000-s000002 is held by"):
                 serial(spec)
         assert sorted(committed(tc.open(root))) == [(0, 0), (0, 1)]

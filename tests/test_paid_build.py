@@ -22,6 +22,7 @@ from services.app import create_app
 from services.http_teacher import HttpTeacher
 from services.journal import Journal
 from services.journal_file import NAME
+from services.policy import Policy
 from services.same_teacher import key_of
 from services.settings import Settings
 from services.teachers import ServedTeacher, open_served
@@ -267,11 +268,13 @@ def test_planning_pays_for_nothing_that_the_build_pays_for_again(folder: Path, t
 
 def test_answers_of_another_kind_of_machine_are_other_answers(served: ServedTeacher) -> None:
     """The digest names the teacher; a last bit may follow the device and the threads, too."""
-    cards = [replace(served, **change).card(Settings()) for change in ({}, {"threads": 2}, {"device": "cuda"})]  # type: ignore[arg-type]
-    cards.append(replace(served, teacher=Renamed(served.teacher)).card(Settings()))
+    cards = [
+        replace(served, **change).card(Settings(), Policy()) for change in ({}, {"threads": 2}, {"device": "cuda"})
+    ]  # type: ignore[arg-type]
+    cards.append(replace(served, teacher=Renamed(served.teacher)).card(Settings(), Policy()))
     assert len({key_of(card) for card in cards}) == 4
     # Limits and names of classes decide no bit.
-    again = replace(served, class_names=None).card(Settings(max_images=100))
+    again = replace(served, class_names=None).card(Settings(max_images=100), Policy())
     assert key_of(again) == key_of(cards[0])
 
 

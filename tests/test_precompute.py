@@ -217,6 +217,7 @@ def test_errors_arrive_as_they_were_raised(
     assert str(serial.value) == str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_ray_build_goes_on_after_a_serial_one(cluster: None, arrays: Path, tmp_path: Path) -> None:
     """Executors may change between two runs; committed shards are kept."""
 

@@ -152,6 +152,7 @@ def test_a_build_is_the_folder_s(built: Path, arrays: Path, bucket: Bucket, betw
     assert tc.verify(url, recompute=8, views="all").ok
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("built", ["zarr"], indirect=True)
 def test_on_ray(arrays: Path, bucket: Bucket, built: Path) -> None:
     """Workers open the store for themselves."""

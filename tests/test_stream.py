@@ -76,10 +76,12 @@ def test_going_on_gives_the_batches_that_are_left(built: Path, stop: int, seed: 
     assert all(same(a, b) for a, b in zip(rest, whole[stop:], strict=True))
 
 
-def test_workers_change_nothing(built: Path) -> None:
+@pytest.mark.parametrize("built", ["zarr"], indirect=True)
+@pytest.mark.parametrize("order", ["epoch", "random"])
+def test_workers_change_nothing(built: Path, order: Any) -> None:
     cache = tc.open(built)
-    alone = batches(ViewStream(cache, batch_size=4, seed=1), 2)
-    helped = batches(ViewStream(cache, batch_size=4, seed=1, workers=2), 2)
+    alone = batches(ViewStream(cache, batch_size=4, seed=1, view_order=order), 2)
+    helped = batches(ViewStream(cache, batch_size=4, seed=1, view_order=order, workers=2), 2)
     assert len(alone) == len(helped)
     assert all(same(a, b) for a, b in zip(alone, helped, strict=True))
 
