@@ -152,7 +152,7 @@ class TestContents:
 class TestResume:
     """Killed at any moment, the same command ends with the bytes of an undisturbed build."""
 
-    @STORES
+    @pytest.mark.parametrize("store", ["zarr", pytest.param("parquet", marks=pytest.mark.slow)])
     def test_kill_9_half_way(self, store: str, arrays: Path, tmp_path: Path) -> None:
         """SIGKILL inside a shard: what is committed is kept as it is, no hole is read, the end is the same."""
         teacher = {"teacher__model": "toy_models:KillsItself", "store": stored(store)}

@@ -592,6 +592,7 @@ class TestJoin:
 
         serial(spec, at(16, second))
 
+    @pytest.mark.slow
     def test_processes_one_of_which_is_killed(self, arrays: Path, tmp_path: Path) -> None:
         """SIGKILL inside a shard: whoever joined takes its claims over at once, being on the same host."""
         changes = {"teacher__model": "toy_models:KillsItself"}

@@ -45,7 +45,7 @@ def poisoned(tmp_path: Path, model: str, name: str = "cache", **changes: Any) ->
     return toy_spec(tmp_path / name, folder, **described)
 
 
-@pytest.mark.parametrize("store", ["zarr", "parquet"])
+@pytest.mark.parametrize("store", ["zarr", pytest.param("parquet", marks=pytest.mark.slow)])
 def test_it_writes_what_the_serial_loop_writes(store: str, cluster: None, arrays: Path, tmp_path: Path) -> None:
     """Two workers, eight shards, any order: the trees are equal, byte for byte, and so are the figures."""
     described = {"kind": store, "shard_rows": 8, "chunk_rows": 4}

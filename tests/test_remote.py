@@ -541,6 +541,7 @@ def config(arrays: Path, tmp_path: Path, bucket: Bucket) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_the_command_lines(
     run: test_cli.Run, config: Path, arrays: Path, bucket: Bucket, between: Proxy, tmp_path: Path
 ) -> None:
