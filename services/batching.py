@@ -93,8 +93,8 @@ class Batcher:
             images_BCHW: uint8 [N, C, H, W] in the teacher's view shape, N ≥ 1.
             fields: which of the teacher's fields to keep.
             deadline: on the monotonic clock; work that is late is dropped before it reaches the model.
-            identity: of these images (`identity_of`); while they are on their way, whoever brings them again adds no
-                work. Not shared where None.
+            identity: of these images (`wire.identity_of`); while they are on their way, whoever brings them again
+                adds no work. Not shared where None.
 
         Returns:
             A future of float32 [N, ...] values on the CPU; cancelling it drops the work that is not in the model.

@@ -7,7 +7,6 @@ kept for each field; k and temperature are applied afterwards and are no part of
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
@@ -29,12 +28,6 @@ from teacher_cache.storage import crc32c
 
 _log = logging.getLogger("services")
 Fields = dict[str, Tensor]
-
-
-def question_of(views_BCHW: Tensor) -> bytes:
-    """16 bytes that name a micro-batch: its shape and its pixels, uint8, in order."""
-    array = views_BCHW.cpu().contiguous().numpy()
-    return hashlib.blake2b(array.data, digest_size=16, key=repr(array.shape).encode()).digest()
 
 
 class Ticket(NamedTuple):

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import httpx
 from torch import Tensor
 
-from services.journal import Fields, Journal, Ticket, question_of
+from services import wire
+from services.journal import Fields, Journal, Ticket
 from services.prediction import Wish, ask_images, read_prediction
 from services.replicas import Replica, Replicas
 from services.retries import Patience, Retries, perhaps_paid, status_of
@@ -53,7 +54,7 @@ class PaidQuestions:
             ServiceError: the service refused, or could not answer.
             BudgetError: no more may be spent, and every answer that was under way has come.
         """
-        question, rows = question_of(views_BCHW), len(views_BCHW)
+        question, rows = wire.identity_of(views_BCHW), len(views_BCHW)
         retries = Retries(self._url, self._patience)
         while True:
             found = self._journal.find(question, fields) if self._journal is not None else {}

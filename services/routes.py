@@ -25,7 +25,7 @@ from services.schemas import Predictions, Probe, TeacherCard, TeacherList, Usage
 from services.settings import Settings
 from services.state import Service
 from services.teachers import ServedTeacher
-from services.work import Expired, Fields, QueueFull, TeacherFailed, identity_of
+from services.work import Expired, Fields, QueueFull, TeacherFailed
 
 router = APIRouter()
 
@@ -92,7 +92,7 @@ async def predict(name: str, request: Request, options: Annotated[PredictOptions
             asked, digests = Asked.predict(name, wanted), partial(image_digests, views_BCHW)
             await admit(request, service.books, asked, len(views_BCHW), digests)
             # Hashing a large body would keep the event loop from everyone else.
-            identity = await asyncio.to_thread(identity_of, views_BCHW)
+            identity = await asyncio.to_thread(wire.identity_of, views_BCHW)
             found = await _ask(request, batcher.submit(views_BCHW, wanted.fields, deadline, identity))
     except (TimeoutError, Expired):
         hint = "Allow more time, or send fewer images."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from typing import Any, TypedDict
@@ -69,6 +70,18 @@ def unpack_metadata(data: bytes) -> dict[str, str]:
     length = int.from_bytes(data[:8], "little")
     found = json.loads(data[8 : 8 + length]).get("__metadata__") or {}
     return {str(key): str(value) for key, value in found.items()}
+
+
+def identity_of(images_BCHW: Tensor) -> bytes:
+    """Names exact pixels, in their order: 32 bytes, and nobody can make other images that are named alike.
+
+    Args:
+        images_BCHW: uint8, in any memory format.
+    """
+    array = images_BCHW.cpu().contiguous().numpy()
+    digest = hashlib.sha256(repr(array.shape).encode())
+    digest.update(array.data)
+    return digest.digest()
 
 
 def pack_images(images_BCHW: Tensor) -> bytes:

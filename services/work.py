@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -12,17 +11,6 @@ from torch import Tensor
 
 Fields = dict[str, Tensor]
 Identity = bytes
-
-
-def identity_of(images_BCHW: Tensor) -> Identity:
-    """Names the exact pixels of a request, in their order; nobody can make two that are named alike.
-
-    Args:
-        images_BCHW: uint8, contiguous.
-    """
-    digest = hashlib.sha256(repr(tuple(images_BCHW.shape)).encode())
-    digest.update(images_BCHW.contiguous().numpy().data)
-    return digest.digest()
 
 
 class QueueFull(Exception):  # noqa: N818 - a state, not a defect

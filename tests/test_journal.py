@@ -20,8 +20,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_service_models import views, wait_until
 
+from services import wire
 from services.account import Account
-from services.journal import Journal, Ticket, question_of
+from services.journal import Journal, Ticket
 from services.journal_file import NAME
 from teacher_cache.errors import BudgetError, BuildError
 from teacher_cache.service_spec import BudgetSpec
@@ -95,12 +96,12 @@ def test_the_first_answer_stays(open_journal: Callable[..., Journal]) -> None:
 
 def test_questions_are_exact_bytes_in_their_layout() -> None:
     one = views(8)
-    assert question_of(one) == question_of(one.clone())
-    assert question_of(one) == question_of(one.to(memory_format=torch.channels_last))
+    assert wire.identity_of(one) == wire.identity_of(one.clone())
+    assert wire.identity_of(one) == wire.identity_of(one.to(memory_format=torch.channels_last))
     other = one.clone()
     other[7, 2, 7, 7] ^= 1
     turned = one.roll(1, 0)
-    assert len({question_of(item) for item in (one, other, turned, one[:7], one.reshape(4, 6, 8, 8))}) == 5
+    assert len({wire.identity_of(item) for item in (one, other, turned, one[:7], one.reshape(4, 6, 8, 8))}) == 5
 
 
 def test_a_damaged_answer_is_none_and_that_is_said(

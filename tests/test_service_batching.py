@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from toy_service_models import POISON, ToyTeacher, open_gate, toy_logits, toy_served, views, wait_until
 
 from services.batching import Batcher
-from services.work import Expired, Fields, QueueFull, TeacherFailed, identity_of
+from services.wire import identity_of
+from services.work import Expired, Fields, QueueFull, TeacherFailed
 
 LOGITS = ("logits",)
 
