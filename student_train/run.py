@@ -19,11 +19,12 @@ from student_train.checkpoint import save_model
 from student_train.evaluate import Measured, accuracy, measure
 from student_train.opening import Opened, open_data
 from student_train.recipes import RunSpec, TrainSpec
+from student_train.running import METRICS
 from student_train.stream import ViewStream
 from student_train.students import open_student
 from student_train.term_specs import TermSpec, open_objective
 from student_train.together import world
-from student_train.train import METRICS, FitResult, Log, fit, rehearse
+from student_train.train import FitResult, Log, fit, rehearse
 from teacher_cache.errors import NonFiniteError, SpecError
 from teacher_cache.fingerprint import fingerprint
 from teacher_cache.spec import NormalizeSpec
