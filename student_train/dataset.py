@@ -13,7 +13,7 @@ from student_train.batch import Batch
 from student_train.cached_rows import CachedRows
 from student_train.data import Rows
 from student_train.steps import Share, Steps, make_batch
-from student_train.stream import proven_views, require_names, require_view_order
+from student_train.stream import proven_views, require_names, require_seed, require_view_order
 from student_train.view_order import ViewOrder
 from teacher_cache import Cache
 from teacher_cache.errors import SpecError
@@ -49,11 +49,12 @@ class ViewDataset(Dataset[Batch]):
 
         Raises:
             MismatchError: a field is not in the cache.
-            SpecError: a check or a view order has nothing to go by.
+            SpecError: a check or a view order has nothing to go by; the seed is out of range.
         """
         self.data: Rows = CachedRows(data) if isinstance(data, Cache) else data
         names = require_names(fields)
         self.data.require(names)
+        require_seed(seed)
         require_view_order(self.data, view_order)
         check = proven_views(self.data, check_views)
         self._steps = Steps(self.data, names, 1, 1, False, seed, check, view_order, Share())

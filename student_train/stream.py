@@ -80,8 +80,7 @@ class ViewStream:
         self.fields = require_names(fields)
         self.data.require(self.fields)
         share = share or Share()
-        if not 0 <= seed < 2**32:
-            raise SpecError("seed", "must be in 0..2³²−1", seed, "Choose another seed.")
+        require_seed(seed)
         _require_views(self.data, views_per_decode, batch_size)
         require_view_order(self.data, view_order)
         size = batch_size // views_per_decode
@@ -178,6 +177,12 @@ def _require_views(data: Rows, together: int, batch_size: int) -> None:
     if batch_size % together:
         rule = f"must be a multiple of views_per_decode ({together})"
         raise SpecError("batch_size", rule, batch_size, "Choose another batch size.")
+
+
+def require_seed(seed: int) -> None:
+    """Refuses what would draw as another seed does, or for another purpose."""
+    if not 0 <= seed < 2**32:
+        raise SpecError("seed", "must be in 0..2³²−1", seed, "Choose another seed.")
 
 
 def proven_views(data: Rows, asked: int | None) -> int:
