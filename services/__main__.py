@@ -92,7 +92,7 @@ def serve(
     named = [] if name is None else [f"teacher.name={json.dumps(name)}"]
     spec = load_spec(config, [*ours, *named])
     with _bind(settings) as listener, contextlib.closing(Books(settings)) as books:
-        served = open_served(spec)
+        served = open_served(spec, from_cache=settings.from_cache)
         app = create_app({served.name: served}, settings, books)
         address = f"[{host}]" if ":" in host else host
         url = f"http://{address}:{listener.getsockname()[1]}/{served.name}"

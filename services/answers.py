@@ -8,8 +8,6 @@ import torch
 from torch import Tensor
 
 from services.options import Wanted
-from services.schemas import Predictions
-from services.teachers import ServedTeacher
 
 
 def log_probs(logits_BC: Tensor, temperature: float) -> Tensor:
@@ -61,32 +59,3 @@ def _transform(fields: dict[str, Tensor], wanted: Wanted, out: Callable[[Tensor]
         parts = top_k(out(logprobs_BC), wanted.k)
         return {**answer, **parts, "tail_logmass": out(parts["tail_logmass"])}
     return {**answer, "values": out(logprobs_BC.exp() if wanted.output == "probs" else logprobs_BC)}
-
-
-def metadata(teacher: ServedTeacher, wanted: Wanted, resized: bool) -> dict[str, str]:
-    """What a safetensors answer says about itself."""
-    found = {
-        "teacher": teacher.name,
-        "digest": teacher.digest,
-        "output": wanted.output,
-        "temperature": repr(wanted.temperature),
-        "resized": str(resized).lower(),
-    }
-    return found if wanted.rounding is None else {**found, "rounding": repr(wanted.rounding)}
-
-
-def as_json(tensors: dict[str, Tensor], teacher: ServedTeacher, wanted: Wanted, resized: bool) -> Predictions:
-    """The same as JSON, with class names beside the indices where the teacher has them."""
-    parts = {name: value.tolist() for name, value in tensors.items()}
-    names = teacher.class_names
-    if names is not None and "indices" in parts:
-        parts["names"] = [[names[index] for index in row] for row in parts["indices"]]
-    return Predictions(
-        teacher=teacher.name,
-        digest=teacher.digest,
-        output=wanted.output,
-        temperature=wanted.temperature,
-        resized=resized,
-        rounding=wanted.rounding,
-        **parts,
-    )

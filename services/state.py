@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import asyncio
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TypeVar
 
 from services.batching import Batcher
 from services.books import Books
+from services.kept_answers import KeptAnswers
 from services.settings import Settings
 from services.teachers import ServedTeacher
 from teacher_cache.errors import SpecError
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -21,6 +27,10 @@ class Service:
     batchers: Mapping[str, Batcher]
     books: Books
     """Who may ask what, and what they have asked."""
+    kept: KeptAnswers | None = None
+    """Where computed answers are kept, if they are."""
+    readers: Mapping[str, ThreadPoolExecutor] = field(default_factory=dict)
+    """The threads in which data sets and caches are read, by teacher."""
     draining: bool = False
     """Set at SIGTERM: `readyz` turns 503 while requests are still answered."""
 
@@ -29,6 +39,29 @@ class Service:
         reasons = ["draining"] if self.draining else []
         reasons += [f"{name} is not warm" for name, batcher in self.batchers.items() if not batcher.warm]
         return reasons + [f"{name} has a full queue" for name, batcher in self.batchers.items() if batcher.full]
+
+    async def read(self, teacher: str, look: Callable[[], T]) -> T:
+        """Looks into a teacher's data set and cache, in the one thread that does."""
+        return await asyncio.get_running_loop().run_in_executor(self.readers[teacher], look)
+
+    def start(self) -> None:
+        """Starts all threads."""
+        self.books.start()
+        if self.kept is not None:
+            self.kept.start()
+        for batcher in self.batchers.values():
+            batcher.start()
+
+    def stop(self) -> None:
+        """Ends them; what waits for a model is cancelled."""
+        self.draining = True
+        for batcher in self.batchers.values():
+            batcher.stop()
+        for reader in self.readers.values():
+            reader.shutdown(cancel_futures=True)
+        if self.kept is not None:
+            self.kept.close()
+        self.books.close()
 
 
 def make_service(teachers: Mapping[str, ServedTeacher], settings: Settings, books: Books | None = None) -> Service:
@@ -44,4 +77,6 @@ def make_service(teachers: Mapping[str, ServedTeacher], settings: Settings, book
             rule = f"must allow a whole micro-batch of {served.name} ({served.micro_batch})"
             raise SpecError("max_images", rule, settings.max_images, "Raise it, or lower micro_batch.")
     batchers = {name: Batcher(served, settings.queue_images) for name, served in teachers.items()}
-    return Service(settings, dict(teachers), batchers, books or Books(settings))
+    readers = {name: ThreadPoolExecutor(1, f"reader-{name}") for name in teachers}
+    kept = None if settings.journal is None else KeptAnswers(settings.journal, settings.journal_bytes)
+    return Service(settings, dict(teachers), batchers, books or Books(settings), kept, readers)

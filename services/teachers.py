@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from services.library import Library
 from services.policy import Policy
+from services.same_teacher import key_of
 from services.schemas import OUTPUTS, FieldCard, InputCard, LimitsCard, NumericsCard, TeacherCard
 from services.settings import Settings
 from teacher_cache.errors import TeacherError
@@ -37,6 +39,8 @@ class ServedTeacher:
     threads: int = 1
     """torch threads of the thread that runs it; more or fewer can change a logit's last bit."""
     device: str = "cpu"
+    library: Library | None = None
+    """The samples that may be named, and the cache of their answers."""
 
     def __post_init__(self) -> None:
         if self.micro_batch < 1 or self.threads < 1 or len(self.view_shape) != 3:
@@ -46,6 +50,18 @@ class ServedTeacher:
     def digest(self) -> str:
         """The teacher's fingerprint."""
         return self.teacher.fingerprint
+
+    @property
+    def numerics(self) -> NumericsCard:
+        """What decides the last bit of an answer."""
+        return NumericsCard(
+            precision=self.precision, channels_last=self.channels_last, threads=self.threads, device=self.device
+        )
+
+    @property
+    def answers_key(self) -> str:
+        """What a kept answer is good for."""
+        return key_of(self.digest, self.numerics)
 
     def card(self, settings: Settings, policy: Policy) -> TeacherCard:
         """What `GET /v1/teachers/{name}` answers to a key: what it may have, and its limits."""
@@ -66,12 +82,8 @@ class ServedTeacher:
             outputs=outputs,
             fields={name: FieldCard(shape=self.field_shapes[name], pool=self.pools[name]) for name in fields},
             micro_batch=self.micro_batch,
-            numerics=NumericsCard(
-                precision=self.precision,
-                channels_last=self.channels_last,
-                threads=self.threads,
-                device=self.device,
-            ),
+            numerics=self.numerics,
+            dataset=None if self.library is None else self.library.card(),
             limits=LimitsCard(
                 images=settings.max_images,
                 body_bytes=settings.max_body_bytes,
@@ -89,11 +101,16 @@ def _require_servable(spec: BuildSpec) -> None:
             raise TeacherError(f"teacher.fields.{field}", f"cannot be served: {reason}", field, "Leave it out.")
 
 
-def open_served(spec: BuildSpec) -> ServedTeacher:
+def open_served(spec: BuildSpec, *, from_cache: bool = True) -> ServedTeacher:
     """The teacher of a build's configuration, probed once; its source gives the class names.
+
+    Args:
+        spec: the configuration.
+        from_cache: whether what its cache holds may be answered from there.
 
     Raises:
         RequestError: the source, the recipe or the teacher cannot be opened, or they do not fit.
+        CacheError: the cache is not this configuration's, or cannot be trusted.
     """
     opened = open_parts(spec)
     _, views = first_views(opened)
@@ -117,4 +134,5 @@ def open_served(spec: BuildSpec) -> ServedTeacher:
         channels_last=spec.teacher.channels_last,
         threads=spec.compute.threads,
         device=resolve_device(spec.compute.device),
+        library=Library(opened, cached=from_cache),
     )
