@@ -90,9 +90,9 @@ class Desk:
             await asyncio.wrap_future(self.kept.keep(self.served.answers_key, question.identity, fields, again=again))
         except TeacherCacheError:
             hint = "Nothing is lost: ask again. Whoever runs the service finds the reason in its log."
-            raise Problem(
-                503, "journal", "must take an answer before it leaves", "it cannot be written", hint
-            ) from None
+            headers = {"Retry-After": "5"}
+            rule = "must take an answer before it leaves"
+            raise Problem(503, "journal", rule, "it cannot be written", hint, headers) from None
 
     async def _compute(self, images_BCHW: Tensor, identity: bytes | None) -> Fields:
         return await unless_stopped(self.batcher.submit(images_BCHW, self.wanted.fields, self.deadline, identity))
