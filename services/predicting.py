@@ -94,6 +94,8 @@ class _Question:
     def __init__(self, request: Request, service: Service, desk: Desk, media_type: str) -> None:
         self._request, self._service, self._desk, self._media_type = request, service, desk, media_type
         self._plan: Callable[[], Plan] | None = None
+        self._reads = True
+        """Whether the data set or the cache has to be looked into."""
         self.resized = False
         """Whether an image was brought to the teacher's size."""
 
@@ -124,13 +126,17 @@ class _Question:
         asked = Asked.predict(desk.served.name, desk.wanted)
         digests = partial(image_digests, views_BCHW)
         await admit(self._request, self._service.books, asked, len(views_BCHW), digests)
-        cached = desk.use in ("prefer", "only")
+        cached = self._reads = desk.served.library is not None and desk.use in ("prefer", "only")
         self._plan = partial(plan_images, desk.served, views_BCHW, desk.wanted, cached=cached)
 
     async def answer(self) -> Answer:
         """Once it is read."""
         assert self._plan is not None, "it is read first"
-        return await self._desk.answer(await self._service.read(self._desk.served.name, self._plan))
+        if self._reads:
+            plan = await self._service.read(self._desk.served.name, self._plan)
+        else:
+            plan = await asyncio.to_thread(self._plan)
+        return await self._desk.answer(plan)
 
 
 def _wanted(request: Request, options: PredictOptions, served: ServedTeacher, tensors: bool) -> Wanted:

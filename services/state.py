@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -11,10 +12,12 @@ from typing import TypeVar
 from services.batching import Batcher
 from services.books import Books
 from services.kept_answers import KeptAnswers
+from services.problems import Problem
 from services.settings import Settings
 from services.teachers import ServedTeacher
-from teacher_cache.errors import SpecError
+from teacher_cache.errors import SpecError, TeacherCacheError
 
+_log = logging.getLogger("services")
 T = TypeVar("T")
 
 
@@ -31,6 +34,8 @@ class Service:
     """Where computed answers are kept, if they are."""
     readers: Mapping[str, ThreadPoolExecutor] = field(default_factory=dict)
     """The threads in which data sets and caches are read, by teacher."""
+    unreadable: set[str] = field(default_factory=set)
+    """The teachers whose cache or data set could not be read when they were last looked into."""
     draining: bool = False
     """Set at SIGTERM: `readyz` turns 503 while requests are still answered."""
 
@@ -38,11 +43,24 @@ class Service:
         """Why no new traffic should be sent here; empty when ready."""
         reasons = ["draining"] if self.draining else []
         reasons += [f"{name} is not warm" for name, batcher in self.batchers.items() if not batcher.warm]
+        reasons += [f"the cache of {name} cannot be read" for name in sorted(self.unreadable)]
         return reasons + [f"{name} has a full queue" for name, batcher in self.batchers.items() if batcher.full]
 
     async def read(self, teacher: str, look: Callable[[], T]) -> T:
-        """Looks into a teacher's data set and cache, in the one thread that does."""
-        return await asyncio.get_running_loop().run_in_executor(self.readers[teacher], look)
+        """Looks into a teacher's data set and cache, in the one thread that does.
+
+        Raises:
+            Problem: 500 where they are not what was built; `readyz` says so until they can be read again.
+        """
+        try:
+            found = await asyncio.get_running_loop().run_in_executor(self.readers[teacher], look)
+        except TeacherCacheError as error:
+            self.unreadable.add(teacher)
+            _log.error("the cache or the data set of %s cannot be read: %s", teacher, error)
+            hint = "Send images, with cache=bypass. Whoever runs the service finds the reason in its log."
+            raise Problem(500, "cache", "must be what was built", "it is not", hint) from None
+        self.unreadable.discard(teacher)
+        return found
 
     def start(self) -> None:
         """Starts all threads."""

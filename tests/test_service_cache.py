@@ -544,3 +544,22 @@ def test_a_library_is_asked_in_one_thread_only(folder: Path, serve: Serve, monke
         server.client.predict_named([KEYS[1]])
     assert len(seen) == 1
     assert next(iter(seen)).startswith("reader-colour")
+
+
+def test_a_cache_that_is_not_what_was_built_is_no_answer(folder: Path, tmp_path: Path, serve: Serve) -> None:
+    spec = colour_spec(folder, "unused").model_copy(update={"cache": str(tmp_path / "cache")})
+    tc.build(spec, executor="serial")
+    server = serve(spec)
+    for file in (tmp_path / "cache" / "data" / "teachers").rglob("*"):
+        if file.is_file() and file.suffix != ".json":
+            data = bytearray(file.read_bytes())
+            data[7] ^= 1
+            file.write_bytes(data)
+    answer = server.post({"keys": [KEYS[0]]})
+    assert answer.status_code == 500, answer.text
+    assert answer.json()["field"] == "cache"
+    assert str(tmp_path) not in answer.text
+    assert "cannot be read" in server.http.get("/readyz").text
+    other = server.client.predict(toy_views(1), cache="bypass")
+    assert other.status == (Status.COMPUTED,)
+    assert server.http.get("/readyz").status_code == 503, "nobody has looked since"
