@@ -19,6 +19,7 @@ from concurrent.futures import Future
 import torch
 from torch import Tensor
 
+from services.load import Load
 from services.teachers import ServedTeacher
 from services.work import Fields, Identity, Piece, Placed, QueueFull, Request, TeacherFailed
 
@@ -46,6 +47,8 @@ class Batcher:
         self._thread = threading.Thread(target=self._run, name=f"teacher-{served.name}", daemon=True)
         self.warm = False
         """Whether a first, empty batch has gone through the model."""
+        self.load = Load()
+        """What the batches of the last seconds held."""
 
     @property
     def waiting(self) -> int:
@@ -133,6 +136,7 @@ class Batcher:
                 started = time.monotonic()
                 self._answer(batch)
                 self._batch_seconds = time.monotonic() - started
+                self.load.add(sum(len(placed.piece.images_BCHW) for placed in batch))
         finally:
             torch.set_num_threads(before)
 
