@@ -14,10 +14,9 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from services import predicting, routes
+from services import page, predicting, routes
 from services.admission import require
 from services.books import Books, Unrecorded, Visit
-from services.identity import OPEN_PATHS
 from services.policy import Asked
 from services.problems import Problem, install, internal, unrecorded
 from services.settings import Settings
@@ -52,6 +51,8 @@ def create_app(teachers: Mapping[str, ServedTeacher], settings: Settings, books:
     app.state.service = service
     app.include_router(routes.router)
     app.include_router(predicting.router)
+    if settings.page:
+        app.include_router(page.router())
     install(app)
     app.add_middleware(Gate, books=service.books)
     return app
@@ -113,7 +114,7 @@ class _Door:
 
     async def send(self, message: Message) -> None:
         """ASGI's `send`, once the books are written."""
-        if message["type"] == "http.response.start" and self._scope["path"] not in OPEN_PATHS:
+        if message["type"] == "http.response.start" and self._scope["path"] not in self._books.doorkeeper.open_paths:
             self.visit.route = getattr(self._scope.get("route"), "path", None)
             await self._books.record(self.visit, message["status"])
         await self.send_unrecorded(message)
