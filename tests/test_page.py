@@ -44,7 +44,7 @@ ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "services/page"
 FILES = [path for path in FOLDER.iterdir() if path.is_file() and path.suffix != ".py"]
 TENSORS = {"Content-Type": "application/safetensors"}
-IMAGE = picture("PNG")
+IMAGE, ANOTHER = picture("PNG"), picture("PNG", seed=1)
 LOGITS = toy_logits(decode(IMAGE, "image/png", (3, 8, 8), 10_000)[0])[0].double()
 
 
@@ -408,6 +408,46 @@ def test_the_key_is_asked_for_and_kept_in_memory_only(browser: Browser, tmp_path
 
 
 @needs_browser
+def test_a_key_that_ends_is_told_once_by_several_questions(browser: Browser, tmp_path: Path) -> None:
+    key = keys.add(StateFolder(tmp_path), "alice", Policy())
+    served = {name: toy_served(open_gate(ToyTeacher()), name=name) for name in ("first", "second")}
+    app = create_app(served, Settings(state=tmp_path))
+    with running(app) as base, visiting(browser, base, refused=(401,)) as visitor:
+        page = visitor.page
+        page.get_by_label("Key", exact=True).fill(key)
+        visitor.press("Enter")
+        expect(page.locator("#main")).to_be_visible()
+        visitor.choose(IMAGE)
+        expect(page.locator("#result")).to_be_visible()
+        refused: list[str] = []
+        page.on("response", lambda answer: refused.append(answer.url) if answer.status == 401 else None)
+        keys.revoke(StateFolder(tmp_path), "alice")
+        page.get_by_label("Teacher", exact=True).select_option("second")
+        expect(page.locator("#door-trouble")).to_contain_text("401 Unauthorized")
+        page.wait_for_timeout(300)
+        assert len(refused) > 1
+        expect(page.locator("#door-trouble")).to_contain_text("401 Unauthorized")
+        expect(page.locator("#trouble")).to_be_empty()
+
+
+@needs_browser
+def test_one_answer_on_its_way_is_not_asked_for_again(browser: Browser) -> None:
+    teacher = ToyTeacher()
+    with open_page(browser, toy_served(teacher)) as visitor:
+        open_gate(teacher)
+        visitor.choose(IMAGE)
+        shown_at(visitor, 1.0)
+        teacher.gate.clear()
+        visitor.choose(IMAGE)
+        visitor.page.locator("#temperature").focus()
+        visitor.press("ArrowRight", 30)
+        visitor.page.wait_for_timeout(400)
+        teacher.gate.set()
+        shown_at(visitor, 2.0)
+        assert len(visitor.asked("/predict")) == 2
+
+
+@needs_browser
 def test_a_wrong_key_is_refused_and_another_can_be_used(browser: Browser, tmp_path: Path) -> None:
     with open_with_key(browser, tmp_path, Policy()) as visitor:
         page = visitor.page
@@ -454,6 +494,15 @@ def test_a_key_with_a_few_classes_and_temperatures_asks_for_each(browser: Browse
         visitor.page.wait_for_timeout(400)
         assert len(visitor.asked("/predict")) == 3, "what is known is not paid again"
         assert visitor.facts("#key-facts")["Temperatures"] == "4, 1, 2"
+        another = toy_logits(decode(ANOTHER, "image/png", (3, 8, 8), 10_000)[0])[0].double()
+        other = [float(torch.softmax(another / temperature, 0).max()) for temperature in (1, 2)]
+        visitor.choose(ANOTHER)
+        for presses, count in ((0, 4), (1, 5)):
+            visitor.press("ArrowRight", presses)
+            temperature = (1.0, 2.0)[presses]
+            expect(visitor.page.locator("#shown")).to_have_text(f"{temperature:#.3g}")
+            expect(visitor.page.locator("#classes li").first).to_contain_text(f"{100 * other[presses]:.2f}")
+            assert len(visitor.asked("/predict")) == count
 
 
 @needs_browser
@@ -471,7 +520,7 @@ POLICIES = {
     "logits, few temperatures": (Policy(temperatures=(3.0,)), True, "logits"),
     "logprobs": (Policy(outputs=("probs", "logprobs")), True, "logprobs"),
     "logprobs, 1 among them": (Policy(outputs=("logprobs",), temperatures=(1.0, 3.0)), True, "logprobs"),
-    "logprobs, not at 1": (Policy(outputs=("logprobs",), temperatures=(2.0, 3.0)), False, "logprobs"),
+    "logprobs, not at 1": (Policy(outputs=("logprobs",), temperatures=(3.0, 2.0)), False, "logprobs"),
     "logprobs, softer": (Policy(outputs=("logprobs",), temperatures=Span(low=1.97, high=8)), False, "logprobs"),
     "beyond the slider": (Policy(outputs=("probs",), temperatures=Span(low=50, high=80)), False, "probs"),
     "probs": (Policy(outputs=("probs",)), False, "probs"),
@@ -502,6 +551,8 @@ def test_only_what_a_key_may_ask_is_asked(browser: Browser) -> None:
             assert (plan["once"], plan["output"]) == (once, output), label
             temperatures = plan["temperatures"]
             assert temperatures == sorted(set(temperatures)), label
+            if isinstance(policy.temperatures, Span):
+                assert (temperatures[0], temperatures[-1]) == (policy.temperatures.low, policy.temperatures.high), label
             assert len({str(query) for query in plan["queries"]}) == (1 if once else len(temperatures)), label
             for query in plan["queries"]:
                 soft = query["output"] != "logits"

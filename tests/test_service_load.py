@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -85,8 +87,11 @@ def test_its_memory_does_not_grow_with_the_batches() -> None:
 
 
 def test_several_threads_lose_nothing() -> None:
-    load = Load(Clock())
-    start = threading.Barrier(4)
+    calls, start = itertools.count(), threading.Barrier(4)
+    # Eight seconds in all, in many ticks; and threads that change places as often as they can.
+    load = Load(lambda: next(calls) * 0.0002)
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
 
     def adds() -> None:
         start.wait()
@@ -94,10 +99,25 @@ def test_several_threads_lose_nothing() -> None:
             load.add(3)
             load.pace()
 
-    with ThreadPoolExecutor(4) as pool:
-        for done in [pool.submit(adds) for _ in range(4)]:
-            done.result()
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            for done in [pool.submit(adds) for _ in range(4)]:
+                done.result()
+    finally:
+        sys.setswitchinterval(before)
     assert load.pace() == Pace(20_000, 60_000)
+
+
+@pytest.mark.parametrize("name", ["add", "pace"])
+def test_one_thread_at_a_time_is_at_the_counts(name: str) -> None:
+    load = Load(Clock())
+    thread = threading.Thread(target={"add": lambda: load.add(1), "pace": load.pace}[name])
+    with load._lock:
+        thread.start()
+        thread.join(0.05)
+        assert thread.is_alive()
+    thread.join(20)
+    assert not thread.is_alive()
 
 
 def load_of(client: httpx.Client, **headers: str) -> dict[str, Any]:
@@ -155,6 +175,18 @@ def test_a_key_is_told_of_its_own_teachers_only_and_the_audit_is_not_filled(tmp_
         assert client.get("/v1/usage", headers={"Authorization": f"Bearer {one}"}).status_code == 200
     lines = [json.loads(line) for line in folder.audit.read_text().splitlines()]
     assert [(line["status"], line["route"]) for line in lines] == [(401, None), (200, "/v1/usage")]
+
+
+def test_a_load_that_cannot_be_told_has_its_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(_load: Load) -> Pace:
+        raise ArithmeticError
+
+    monkeypatch.setattr(Load, "pace", fails)
+    key = keys.add(StateFolder(tmp_path), "alice", Policy())
+    with serving(toy_served(open_gate(ToyTeacher())), state=tmp_path) as client:
+        assert client.get("/v1/load", headers={"Authorization": f"Bearer {key}"}).status_code == 500
+    (line,) = StateFolder(tmp_path).audit.read_text().splitlines()
+    assert (json.loads(line)["status"], json.loads(line)["decision"]) == (500, "failed")
 
 
 @pytest.mark.parametrize("draining", [False, True])

@@ -113,7 +113,10 @@ export class Trial {
     return this.#plan.temperatures[Number(at("temperature").value)];
   }
 
-  /** Where every temperature is a question, waits until the slider rests: each may cost an image of a budget. */
+  /**
+   * Where every temperature is a question, waits until the slider rests: each may cost an image of a budget.
+   * Where one answer holds all and is on its way, it will be shown at the temperature that stands then.
+   */
   #turn() {
     place(this.#plan);
     clearTimeout(this.#pause);
@@ -121,7 +124,7 @@ export class Trial {
       this.#asking?.abort();
       this.#busy(false);
       this.#draw();
-    } else if (this.#file !== null) {
+    } else if (this.#file !== null && !this.#plan.once) {
       at("answer").hidden = true;
       this.#pause = setTimeout(() => this.#ask(), PAUSE);
     }
