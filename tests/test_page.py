@@ -442,6 +442,7 @@ def test_one_answer_on_its_way_is_not_asked_for_again(browser: Browser) -> None:
         visitor.page.locator("#temperature").focus()
         visitor.press("ArrowRight", 30)
         visitor.page.wait_for_timeout(400)
+        expect(visitor.page.locator("#answer")).to_be_hidden()
         teacher.gate.set()
         shown_at(visitor, 2.0)
         assert len(visitor.asked("/predict")) == 2
