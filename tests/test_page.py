@@ -313,6 +313,39 @@ def test_a_teacher_that_was_exchanged_is_not_taken_for_the_one_on_the_card(brows
 
 
 @needs_browser
+def test_a_teacher_that_fails_is_told_and_can_be_asked_again(browser: Browser) -> None:
+    teacher = open_gate(ToyTeacher())
+    with open_page(browser, toy_served(teacher), refused=(500,)) as visitor:
+        visitor.choose(IMAGE)
+        shown_at(visitor, 1.0)
+        teacher.broken = True
+        visitor.choose(ANOTHER)
+        expect(visitor.page.locator("#trial-trouble")).to_contain_text("500 Internal Server Error")
+        expect(visitor.page.locator("#trial-trouble")).to_contain_text("teacher must answer")
+        expect(visitor.page.locator("#result")).to_be_hidden()
+        teacher.broken = False
+        visitor.choose(IMAGE)
+        shown_at(visitor, 1.0)
+        expect(visitor.page.locator("#trial-trouble")).to_be_empty()
+
+
+@needs_browser
+def test_an_answer_says_how_the_cache_keeps_it(browser: Browser) -> None:
+    script = """async () => {
+        const { drawTarget } = await import("/page/bars.js");
+        const target = { rows: [{ index: 2, probability: 1 }], rest: { classes: 0, probability: 0 }, nats: [0, 0] };
+        drawTarget({ class_names: null }, target, { encodings: { logits: "dense_u8" } });
+    }"""
+    with open_page(browser) as visitor:
+        visitor.choose(IMAGE)
+        shown_at(visitor, 1.0)
+        expect(visitor.page.locator("#remark")).to_be_empty()
+        visitor.page.evaluate(script)
+        expect(visitor.page.locator("#remark")).to_have_text("Read from the cache, where logits are kept as dense_u8.")
+        assert visitor.target() == {"class 2": 1.0}
+
+
+@needs_browser
 def test_names_are_text(browser: Browser) -> None:
     hostile = tuple(f"<img src=x onerror=alert({number})>" for number in range(CLASSES))
     served = toy_served(open_gate(ToyTeacher()))

@@ -21,8 +21,13 @@ export function drawTarget(card, target, answer) {
   while (list.children.length < rows.length) list.append(emptyRow());
   rows.forEach((row, place) => fillRow(list.children[place], ...row));
   drawEntropy(target);
+  const kept = answer.encodings.logits;
   const step = answer.rounding ?? null;
-  at("remark").textContent = step === null ? "" : `This key's answers are rounded to multiples of ${step}.`;
+  const remarks = [
+    kept === undefined ? null : `Read from the cache, where logits are kept as ${kept}.`,
+    step === null ? null : `This key's answers are rounded to multiples of ${step}.`,
+  ];
+  at("remark").textContent = remarks.filter(Boolean).join(" ");
 }
 
 // The same elements are used again, so that a bar moves and does not jump.
