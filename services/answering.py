@@ -42,6 +42,11 @@ class Desk:
     """Whether one item without an answer leaves the others without one, too."""
     deadline: float = math.inf
 
+    def require_room(self) -> None:
+        """Raises `QueueFull` where not even one image would be taken, and the model may have to be asked."""
+        if self.use != "only":
+            self.batcher.require_room(1)
+
     async def answer(self, plan: Plan) -> Answer:
         """Everything that the plan leaves open.
 
@@ -182,7 +187,7 @@ async def unless_stopped(asked: Future[T]) -> T:
 _REASONS = {
     Status.ABSENT: (404, "must be in the cache or the journal", "Leave out cache=only, or strict."),
     Status.UNKNOWN: (404, "must be samples of the data set, and views of its recipe", "The card names the data set."),
-    Status.BROKEN: (422, "must be samples that can be decoded", "Leave it out."),
+    Status.BROKEN: (422, "must be images that can be decoded", "Leave it out."),
     Status.DIFFERS: (422, "must have the pixels of their digests", "Send the images."),
 }
 

@@ -33,8 +33,9 @@ def top_k(logprobs_BC: Tensor, k: int) -> dict[str, Tensor]:
 
 
 def transform(fields: dict[str, Tensor], wanted: Wanted) -> dict[str, Tensor]:
-    """The tensors of an answer: `values` (and top-k's parts) from the logits, features under their names.
+    """The tensors of an answer: `values` (top-k's parts, `lse`) from the logits, features under their names.
 
+    For `gather` whole rows of log-probabilities: which classes each item names is seen when all items are together.
     Where the key's policy rounds, logits and features are rounded first, and what is made of them again, each in its
     own units: a logit, a log-probability, a probability, the log of a mass, a feature.
     """
@@ -54,8 +55,15 @@ def _transform(fields: dict[str, Tensor], wanted: Wanted, out: Callable[[Tensor]
     logits_BC = fields["logits"]
     if wanted.output == "logits":
         return {**answer, "values": logits_BC}
+    if wanted.lse:
+        answer["lse"] = out(logits_BC.logsumexp(1))
     logprobs_BC = log_probs(logits_BC, wanted.temperature)
     if wanted.output == "topk":
         parts = top_k(out(logprobs_BC), wanted.k)
         return {**answer, **parts, "tail_logmass": out(parts["tail_logmass"])}
     return {**answer, "values": out(logprobs_BC.exp() if wanted.output == "probs" else logprobs_BC)}
+
+
+def gathered(tensors: dict[str, Tensor], classes_NK: Tensor) -> dict[str, Tensor]:
+    """An answer of whole rows, to one of the classes that each item names: `values` and `indices` [N, K]."""
+    return {**tensors, "values": tensors["values"].gather(1, classes_NK.long()), "indices": classes_NK.int()}

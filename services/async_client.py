@@ -11,11 +11,11 @@ from types import TracebackType
 import httpx
 from torch import Tensor
 
+from services.picture_files import ask_file, ask_files
 from services.prediction import (
     CARD,
     Prediction,
     Wish,
-    ask_file,
     ask_images,
     ask_named,
     read_card,
@@ -23,7 +23,7 @@ from services.prediction import (
     read_prediction,
 )
 from services.retries import Patience, Retries
-from services.schemas import CacheUse, Output, TeacherCard
+from services.schemas import CacheUse, Dtype, Output, TeacherCard
 from services.transport import Address, Asked, client_options
 
 __all__ = ["AsyncTeacherClient"]
@@ -87,14 +87,17 @@ class AsyncTeacherClient:
         k: int | None = None,
         temperature: float | None = None,
         fields: Sequence[str] = ("logits",),
+        classes_BK: Tensor | None = None,
+        dtype: Dtype | None = None,
+        lse: bool = False,
         digest: str | None = None,
         deadline_ms: int | None = None,
         cache: CacheUse = "prefer",
         strict: bool = True,
     ) -> Prediction:
         """Asks for a batch; arguments and errors are those of `TeacherClient.predict`."""
-        wish = Wish(output, k, temperature, fields, digest, deadline_ms, cache=cache, strict=strict)
-        return await self._predict(ask_images(images_BCHW, wish))
+        wish = Wish(output, k, temperature, fields, dtype, lse, digest, deadline_ms, cache=cache, strict=strict)
+        return await self._predict(ask_images(images_BCHW, wish, classes_BK))
 
     async def predict_named(
         self,
@@ -106,13 +109,16 @@ class AsyncTeacherClient:
         k: int | None = None,
         temperature: float | None = None,
         fields: Sequence[str] = ("logits",),
+        classes: Sequence[Sequence[int]] | None = None,
+        dtype: Dtype | None = None,
+        lse: bool = False,
         digest: str | None = None,
         cache: CacheUse = "prefer",
         strict: bool = True,
     ) -> Prediction:
         """Asks for samples of the service's data set; see `TeacherClient.predict_named`."""
-        wish = Wish(output, k, temperature, fields, digest, cache=cache, strict=strict)
-        return await self._predict(ask_named(keys, views, wish, digests=digests))
+        wish = Wish(output, k, temperature, fields, dtype, lse, digest, cache=cache, strict=strict)
+        return await self._predict(ask_named(keys, views, wish, digests=digests, classes=classes))
 
     async def lookup(self, keys: Sequence[str], views: int | Sequence[int] = 0) -> tuple[str, ...]:
         """What the service has; see `TeacherClient.lookup`."""
@@ -126,10 +132,28 @@ class AsyncTeacherClient:
         k: int | None = None,
         temperature: float | None = None,
         fields: Sequence[str] = ("logits",),
+        dtype: Dtype | None = None,
+        lse: bool = False,
     ) -> Prediction:
         """Asks for one JPEG, PNG or WebP file; see `TeacherClient.predict_file`."""
-        asked = await asyncio.to_thread(ask_file, path, Wish(output, k, temperature, fields))
-        return await self._predict(asked)
+        wish = Wish(output, k, temperature, fields, dtype, lse)
+        return await self._predict(await asyncio.to_thread(ask_file, path, wish))
+
+    async def predict_files(
+        self,
+        paths: Sequence[str | Path],
+        *,
+        output: Output = "logits",
+        k: int | None = None,
+        temperature: float | None = None,
+        fields: Sequence[str] = ("logits",),
+        dtype: Dtype | None = None,
+        lse: bool = False,
+        strict: bool = True,
+    ) -> Prediction:
+        """Asks for several such files in one request; see `TeacherClient.predict_files`."""
+        wish = Wish(output, k, temperature, fields, dtype, lse, strict=strict)
+        return await self._predict(await asyncio.to_thread(ask_files, paths, wish))
 
     async def stream(
         self,
@@ -159,7 +183,7 @@ class AsyncTeacherClient:
         """
         if concurrency < 1:
             raise ValueError(f"impossible: {concurrency=}")
-        wish = Wish(output, k, temperature, fields, digest)
+        wish = Wish(output, k, temperature, fields, digest=digest)
         under_way: deque[asyncio.Task[Prediction]] = deque()
         try:
             async for batch in _each(batches):

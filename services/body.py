@@ -22,6 +22,18 @@ async def read_body(request: Request, settings: Settings) -> bytes:
         raise Problem(408, "body", rule, "not all of it", "Send less at a time.", {"Connection": "close"}) from None
 
 
+def require_json(data: bytes, settings: Settings) -> None:
+    """Refuses JSON that would take more memory than any other body: parsed, a number of two bytes has up to forty.
+
+    Raises:
+        Problem: 413, it is longer than an eighth of the longest body.
+    """
+    most = settings.max_body_bytes // 8
+    if len(data) > most:
+        rule, hint = f"must be at most {most} bytes where it is JSON", "Send tensors in binary, or several requests."
+        raise Problem(413, "body", rule, len(data), hint)
+
+
 async def _read(request: Request, most: int) -> bytes:
     rule, hint = f"must be at most {most} bytes", "Send fewer images a request."
     declared = request.headers.get("content-length", "")

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from services.picture_files import ask_file, ask_files
 from services.prediction import (
     CARD,
     Prediction,
     Wish,
-    ask_file,
     ask_images,
     ask_named,
     read_card,
@@ -21,7 +21,7 @@ from services.prediction import (
     read_prediction,
 )
 from services.retries import Patience
-from services.schemas import CacheUse, Output, TeacherCard
+from services.schemas import CacheUse, Dtype, Output, TeacherCard
 from services.transport import Address, Asked, Connection
 from teacher_cache.spec import NormalizeSpec, TeacherSpec
 
@@ -91,6 +91,9 @@ class TeacherClient:
         k: int | None = None,
         temperature: float | None = None,
         fields: Sequence[str] = ("logits",),
+        classes_BK: Tensor | None = None,
+        dtype: Dtype | None = None,
+        lse: bool = False,
         digest: str | None = None,
         deadline_ms: int | None = None,
         cache: CacheUse = "prefer",
@@ -104,6 +107,9 @@ class TeacherClient:
             k: how many classes of a `topk`.
             temperature: of the softmax; not for raw logits.
             fields: `logits` and features of the card.
+            classes_BK: of a `gather`: class numbers, as many for each image.
+            dtype: what the service narrows floating tensors to, to the nearest value; float32 where None.
+            lse: whether the log-sum-exp of the raw logits comes, too; not for raw logits themselves.
             digest: refuse to answer if the teacher is not this one.
             deadline_ms: how long the answer is of use.
             cache: what the service may do: `prefer` takes what its cache and its journal have, with the error of the
@@ -114,8 +120,8 @@ class TeacherClient:
             TeacherError: the images are not uint8 [B, C, H, W].
             ServiceError: the service refused or could not answer; field, rule and hint are its own.
         """
-        wish = Wish(output, k, temperature, fields, digest, deadline_ms, cache=cache, strict=strict)
-        return self._predict(ask_images(images_BCHW, wish))
+        wish = Wish(output, k, temperature, fields, dtype, lse, digest, deadline_ms, cache=cache, strict=strict)
+        return self._predict(ask_images(images_BCHW, wish, classes_BK))
 
     def predict_named(
         self,
@@ -127,6 +133,9 @@ class TeacherClient:
         k: int | None = None,
         temperature: float | None = None,
         fields: Sequence[str] = ("logits",),
+        classes: Sequence[Sequence[int]] | None = None,
+        dtype: Dtype | None = None,
+        lse: bool = False,
         digest: str | None = None,
         cache: CacheUse = "prefer",
         strict: bool = True,
@@ -141,6 +150,9 @@ class TeacherClient:
             k: as there.
             temperature: as there.
             fields: as there.
+            classes: of a `gather`: class numbers, as many for each key.
+            dtype: as there.
+            lse: as there.
             digest: as there.
             cache: as there; `only` computes nothing.
             strict: as there.
@@ -149,8 +161,8 @@ class TeacherClient:
             TeacherError: there is no key, or not one view or digest for each.
             ServiceError: the service refused or could not answer; field, rule and hint are its own.
         """
-        wish = Wish(output, k, temperature, fields, digest, cache=cache, strict=strict)
-        return self._predict(ask_named(keys, views, wish, digests=digests))
+        wish = Wish(output, k, temperature, fields, dtype, lse, digest, cache=cache, strict=strict)
+        return self._predict(ask_named(keys, views, wish, digests=digests, classes=classes))
 
     def lookup(self, keys: Sequence[str], views: int | Sequence[int] = 0) -> tuple[str, ...]:
         """What the service has: for each key `cached`, `computable`, `unknown` or `broken`; raises as above."""
@@ -165,6 +177,8 @@ class TeacherClient:
         k: int | None = None,
         temperature: float | None = None,
         fields: Sequence[str] = ("logits",),
+        dtype: Dtype | None = None,
+        lse: bool = False,
     ) -> Prediction:
         """Asks for one JPEG, PNG or WebP file, which the service brings to the teacher's size.
 
@@ -172,7 +186,29 @@ class TeacherClient:
             ServiceError: the service refused or could not answer.
             TeacherError: the file cannot be read, or its suffix is none of those.
         """
-        return self._predict(ask_file(path, Wish(output, k, temperature, fields)))
+        return self._predict(ask_file(path, Wish(output, k, temperature, fields, dtype, lse)))
+
+    def predict_files(
+        self,
+        paths: Sequence[str | Path],
+        *,
+        output: Output = "logits",
+        k: int | None = None,
+        temperature: float | None = None,
+        fields: Sequence[str] = ("logits",),
+        dtype: Dtype | None = None,
+        lse: bool = False,
+        strict: bool = True,
+    ) -> Prediction:
+        """Asks for several such files in one request; `resized` and `status` tell of each.
+
+        Raises:
+            ServiceError: the service refused or could not answer; beyond the card's limits of images, bytes and
+                pixels share the files out (`picture_files.grouped`).
+            TeacherError: there is no file, or one cannot be read, or its suffix is none of those.
+        """
+        wish = Wish(output, k, temperature, fields, dtype, lse, strict=strict)
+        return self._predict(ask_files(paths, wish))
 
     def _predict(self, asked: Asked) -> Prediction:
         return read_prediction(self.url, self._connection.send(asked, self._patience))

@@ -87,10 +87,13 @@ def choose(held: Held, wanted: Wanted, *, exact: bool) -> Chosen | None:
 
 
 def _gives(encoding: Encoding, wanted: Wanted) -> bool:
-    """All values give every form. What sparse ones leave out is known as a mass, and at T = 1 only."""
+    """All values give every form. What sparse ones leave out is known as a mass, and at T = 1 only.
+
+    Their log-sum-exp is not given, either: it is kept in half precision.
+    """
     if isinstance(encoding, _EVERY_VALUE):
         return True
-    few = wanted.output == "topk" and wanted.temperature == 1.0 and wanted.rounding is None
+    few = wanted.output == "topk" and wanted.temperature == 1.0 and wanted.rounding is None and not wanted.lse
     return isinstance(encoding, TopKLogits) and few and wanted.k <= encoding.k
 
 

@@ -14,6 +14,7 @@ _LONGEST_KEY = 4096
 
 Key = Annotated[StrictStr, Field(min_length=1, max_length=_LONGEST_KEY)]
 View = Annotated[StrictInt, Field(ge=0, lt=2**32)]
+Class = Annotated[StrictInt, Field(ge=0, lt=2**31)]
 Digest = Annotated[StrictStr, Field(pattern=r"^[0-9a-f]{16}$")]
 
 
@@ -27,6 +28,9 @@ class Named(BaseModel):
     digests: tuple[Digest, ...] | None = Field(
         default=None, description="64-bit pixel digests that the views must have, in hexadecimal, one for each key"
     )
+    classes: tuple[tuple[Class, ...], ...] | None = Field(
+        default=None, description="of `output=gather`: class numbers, as many for each key"
+    )
     whole: StrictBool = Field(
         default=False, description="the keys are one micro-batch of a build: its bits are wanted, fillings too"
     )
@@ -39,6 +43,10 @@ class Named(BaseModel):
             raise ValueError(f"digests must be one for each of the {len(self.keys)} keys")
         if self.whole and len(set(self.view_of_each)) > 1:
             raise ValueError("whole needs one view for all keys")
+        if self.classes is not None and len(set(map(len, self.classes))) > 1:
+            raise ValueError("classes must be as many for each key")
+        if self.whole and self.classes is not None:
+            raise ValueError("whole has no effect beside classes: its bits are those of whole rows")
         return self
 
     @property

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from services.schemas import MAX_TEMPERATURE, MIN_TEMPERATURE, CacheUse, Output
+from services.schemas import MAX_TEMPERATURE, MIN_TEMPERATURE, CacheUse, Dtype, Output
 
 DEFAULT_K = 5
 
@@ -22,6 +22,8 @@ class PredictOptions(BaseModel):
         default=1.0, ge=MIN_TEMPERATURE, le=MAX_TEMPERATURE, allow_inf_nan=False, description="T of the softmax"
     )
     fields: str = Field(default="logits", description="comma separated; features need a safetensors answer")
+    lse: bool = Field(default=False, description="the log-sum-exp of the raw logits, beside what is made of them")
+    dtype: Dtype = Field(default="f32", description="of every floating tensor of a safetensors answer")
     cache: CacheUse = Field(
         default="prefer", description="`only` computes nothing, `refresh` computes anew, `bypass` keeps nothing"
     )
@@ -34,11 +36,15 @@ class Wanted:
 
     output: Output
     k: int
-    """1..C for `topk`, else 0."""
+    """1..C: of a `topk`, or once the body is read how many classes a `gather` names; else 0."""
     temperature: float
     fields: tuple[str, ...]
     rounding: float | None = None
     """Step of every floating value of the answer; the key's policy sets it, not the query."""
+    lse: bool = False
+    """Whether the log-sum-exp of the raw logits comes, too."""
+    dtype: Dtype = "f32"
+    """What a safetensors answer is narrowed to when it leaves."""
 
 
 class OptionError(ValueError):
@@ -73,9 +79,15 @@ def resolve(options: PredictOptions, offered: dict[str, tuple[int, ...]], tensor
         raise OptionError("output", "needs the field logits", options.output, "Add it to `fields`.")
     # Refused, not ignored: raw logits have no temperature, and someone who sets one believes otherwise.
     if options.output == "logits" and "temperature" in options.model_fields_set:
-        hint = "Ask for output=logprobs, probs or topk."
+        hint = "Ask for output=logprobs, probs, topk or gather."
         raise OptionError("temperature", "has no effect on raw logits", options.temperature, hint)
-    return Wanted(options.output, _k(options, offered), options.temperature, fields)
+    if options.output == "logits" and options.lse:
+        raise OptionError("lse", "has no effect on raw logits", options.lse, "It is the log-sum-exp of their row.")
+    if not tensors and "dtype" in options.model_fields_set:
+        hint = "Send `Accept: application/safetensors`."
+        raise OptionError("dtype", "has no effect on JSON", options.dtype, hint)
+    k = _k(options, offered)
+    return Wanted(options.output, k, options.temperature, fields, lse=options.lse, dtype=options.dtype)
 
 
 def _k(options: PredictOptions, offered: dict[str, tuple[int, ...]]) -> int:

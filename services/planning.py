@@ -19,7 +19,14 @@ from services.status import Part, Plan, Question, Status
 from services.teachers import ServedTeacher
 
 
-def plan_images(served: ServedTeacher, images_BCHW: Tensor, wanted: Wanted, *, cached: bool) -> Plan:
+def plan_images(
+    served: ServedTeacher,
+    images_BCHW: Tensor,
+    wanted: Wanted,
+    *,
+    cached: bool,
+    broken: frozenset[int] = frozenset(),
+) -> Plan:
     """A plan for images that were sent.
 
     Args:
@@ -27,26 +34,31 @@ def plan_images(served: ServedTeacher, images_BCHW: Tensor, wanted: Wanted, *, c
         images_BCHW: uint8 [N, C, H, W].
         wanted: what is made of its answers.
         cached: whether the cache may answer.
+        broken: items that could not be decoded; what stands in their places keeps the others in theirs.
     """
-    parts, encodings = _by_pixels(served.library, images_BCHW, wanted) if served.library and cached else ([], {})
-    there = {place for part in parts for place in part.places}
+    parts, encodings = list[Part](), dict[str, str]()
+    if served.library and cached:
+        parts, encodings = _by_pixels(served.library, images_BCHW, wanted, broken)
+    there = {place for part in parts for place in part.places} | broken
     questions = []
     for start in range(0, len(images_BCHW), served.micro_batch):
         piece = images_BCHW[start : start + served.micro_batch]
         rows = [row for row in range(len(piece)) if start + row not in there]
         if rows:
             questions.append(Question(piece, [start + row for row in rows], rows, wire.identity_of(piece)))
-    return Plan(len(images_BCHW), parts, questions, {}, encodings)
+    return Plan(len(images_BCHW), parts, questions, dict.fromkeys(broken, Status.BROKEN), encodings)
 
 
-def _by_pixels(library: Library, images_BCHW: Tensor, wanted: Wanted) -> tuple[list[Part], dict[str, str]]:
+def _by_pixels(
+    library: Library, images_BCHW: Tensor, wanted: Wanted, broken: frozenset[int]
+) -> tuple[list[Part], dict[str, str]]:
     library.refresh()
     chosen = held.choose(library.held, wanted, exact=False)
     if chosen is None:
         return [], {}
     by_view: dict[int, dict[int, int]] = defaultdict(dict)
     for number, place in enumerate(library.find(images_BCHW)):
-        if place is not None:
+        if place is not None and number not in broken:
             by_view[place.view][number] = place.row
     return read_held(library, chosen, wanted, by_view)
 

@@ -46,7 +46,7 @@ class Policy(Strict):
     teachers: tuple[str, ...] | None = Field(default=None, description="names in the URL")
     by_id_only: bool = Field(default=False, description="a closed set of questions: no images are taken")
     outputs: tuple[Answer, ...] | None = Field(default=None, description="forms of answers")
-    largest_k: int | None = Field(default=None, ge=1, description="of `topk`")
+    largest_k: int | None = Field(default=None, ge=1, description="of `topk`, and classes of `gather`")
     temperatures: tuple[Temperature, ...] | Span | None = Field(default=None, description="a list, or low and high")
     rounding: float | None = Field(
         default=None,
@@ -67,7 +67,7 @@ class Policy(Strict):
         open_ = [name for name in _WHOLE_ROWS if self.outputs is None or name in self.outputs]
         if self.largest_k is not None and open_:
             rule = f"has no effect while whole rows may be had ({', '.join(open_)})"
-            raise SpecError("largest_k", rule, self.largest_k, "Set outputs=[topk].")
+            raise SpecError("largest_k", rule, self.largest_k, "Set outputs=[topk, gather], or one of them.")
         if self.images_per_second is not None and self.images_per_second < 1e-6:
             hint = "Leave outputs empty, or revoke the key."
             raise SpecError("images_per_second", "must be at least 0.000001", self.images_per_second, hint)
@@ -90,10 +90,13 @@ class Asked:
     def predict(cls, teacher: str, wanted: Wanted, *, uploaded: bool = True, dataset: str | None = None) -> Asked:
         """What a prediction asks for, once its options and its body are parsed."""
         outputs: list[Answer] = [wanted.output] if "logits" in wanted.fields else []
+        if wanted.lse:
+            # With it a log-probability gives its logit back.
+            outputs.append("logits")
         if set(wanted.fields) - {"logits"}:
             outputs.append("features")
         soft = "logits" in wanted.fields and wanted.output != "logits"
-        k = wanted.k if wanted.output == "topk" else None
+        k = wanted.k if wanted.output in ("topk", "gather") else None
         return cls(teacher, tuple(outputs), k, wanted.temperature if soft else None, uploaded, dataset)
 
 
@@ -120,7 +123,7 @@ def _broken(policy: Policy, asked: Asked, now: datetime) -> Iterator[tuple[str, 
         if policy.outputs is not None and output not in policy.outputs:
             yield "outputs", f"are {', '.join(policy.outputs) or 'none'} for this key", output, card
     if policy.largest_k is not None and asked.k is not None and asked.k > policy.largest_k:
-        yield "largest_k", f"is {policy.largest_k} for this key", asked.k, f"Ask for k={policy.largest_k}."
+        yield "largest_k", f"is {policy.largest_k} for this key", asked.k, "Ask for no more classes than that."
     if asked.temperature is not None and not _among(asked.temperature, policy.temperatures):
         yield "temperatures", f"are {_shown(policy.temperatures)} for this key", asked.temperature, card
     if policy.datasets is not None and asked.dataset is not None and asked.dataset not in policy.datasets:

@@ -4,38 +4,44 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from pydantic import ValidationError
 from torch import Tensor
 
 from services import naming, wire
 from services.naming import Named
-from services.schemas import CacheUse, Lookup, Output, TeacherCard
+from services.schemas import CacheUse, Dtype, Lookup, Output, TeacherCard
 from services.status import Status
 from services.transport import Asked
 from teacher_cache.errors import ServiceError, TeacherError
 
-_SUFFIXES = {".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".png": "image/png", ".webp": "image/webp"}
+SUFFIXES = {".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".png": "image/png", ".webp": "image/webp"}
+"""Of files that may be sent as they are."""
 CARD = Asked("GET", "")
+_PARTS = ("values", "indices", "tail_logmass", "lse", "resized", "status")
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """An answer. Legend: B images, C classes, K kept classes."""
+    """An answer. Legend: B images, C classes, K kept classes. Floating values are float32, or of the wished `dtype`."""
 
     values: Tensor | None
-    """float32 [B, C], or [B, K] log-probabilities of a `topk`; None where only features were asked for."""
+    """[B, C], or [B, K] log-probabilities of a `topk` or a `gather`; None where only features were asked for."""
     indices: Tensor | None
-    """int32 [B, K] class numbers of a `topk`."""
+    """int32 [B, K] class numbers of a `topk` or a `gather`."""
     tail_logmass: Tensor | None
-    """float32 [B], log of the probability that a `topk` leaves out."""
+    """[B], log of the probability that a `topk` leaves out."""
     features: dict[str, Tensor]
-    """float32 [B, ...] by field."""
+    """[B, ...] by field."""
     metadata: dict[str, str]
-    """The teacher's digest, the output, the temperature, whether the image was resized, how the cache keeps fields."""
+    """The teacher's digest, the output, the temperature, the type, whether an image was resized, how the cache keeps
+    fields; as JSON the key's limits that shaped the answer (`policy`) and what decides its bits (`numerics`)."""
     status: tuple[Status, ...]
     """What became of each item."""
+    lse: Tensor | None = None
+    """[B], log-sum-exp of the raw logits, where it was wished for."""
+    resized: tuple[bool, ...] | None = None
+    """Of files: whether each was brought to the teacher's size."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,10 @@ class Wish:
     """Of the softmax; not for raw logits."""
     fields: Sequence[str] = ("logits",)
     """`logits` and features of the card."""
+    dtype: Dtype | None = None
+    """Of the floating tensors."""
+    lse: bool = False
+    """Whether the log-sum-exp of the raw logits comes, too."""
     digest: str | None = None
     """Refuse to answer if the teacher is not this one."""
     deadline_ms: int | None = None
@@ -68,6 +78,9 @@ class Wish:
             "k": self.k,
             "temperature": self.temperature,
             "fields": ",".join(self.fields),
+            "dtype": self.dtype,
+            # Not where it is off: an older service does not know it.
+            "lse": self.lse or None,
             "cache": self.cache,
             "strict": self.strict,
         }
@@ -83,10 +96,10 @@ class Wish:
         return Asked("POST", path, body, given, chosen)
 
 
-def ask_images(images_BCHW: Tensor, wish: Wish) -> Asked:
-    """A batch of views; `TeacherError` where they are not uint8 [B, C, H, W]."""
+def ask_images(images_BCHW: Tensor, wish: Wish, classes_BK: Tensor | None = None) -> Asked:
+    """A batch of views, and the classes of a `gather`; `TeacherError` where they are not uint8 [B, C, H, W]."""
     try:
-        body = wire.pack_images(images_BCHW)
+        body = wire.pack_images(images_BCHW, classes_BK)
     except wire.WireError as error:
         hint = "Send views as the cache renders them, before any normalisation."
         raise TeacherError(error.field, error.rule, error.value, hint) from error
@@ -99,35 +112,20 @@ def ask_named(
     wish: Wish,
     *,
     digests: Sequence[int] | None = None,
+    classes: Sequence[Sequence[int]] | None = None,
     whole: bool = False,
     path: str = "/predict",
 ) -> Asked:
     """Samples by their names; `TeacherError` where they are none."""
     numbers = views if isinstance(views, int) else tuple(views)
     shown = None if digests is None else tuple(f"{int(digest):016x}" for digest in digests)
+    chosen = None if classes is None else tuple(tuple(map(int, row)) for row in classes)
     try:
-        named = Named(keys=tuple(keys), views=numbers, digests=shown, whole=whole)
+        named = Named(keys=tuple(keys), views=numbers, digests=shown, classes=chosen, whole=whole)
     except ValidationError as error:
         rule = str(error.errors(include_url=False)[0]["msg"]).removeprefix("Value error, ")
         raise TeacherError("keys", rule, f"{len(keys)} keys", "See the README on asking by name.") from error
     return wish.ask(named.model_dump_json(exclude_none=True).encode(), naming.MEDIA_TYPE, path)
-
-
-def ask_file(path: str | Path, wish: Wish) -> Asked:
-    """One picture.
-
-    Raises:
-        TeacherError: the file cannot be read, or its suffix is none of JPEG's, PNG's and WebP's.
-    """
-    media_type = _SUFFIXES.get(Path(path).suffix.lower())
-    if media_type is None:
-        hint = "Convert it, or send its pixels with predict()."
-        raise TeacherError("path", f"must end in {', '.join(_SUFFIXES)}", path, hint)
-    try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise TeacherError("path", "must be a readable file", path, f"Check it: {error}.") from error
-    return wish.ask(data, media_type)
 
 
 def read_prediction(url: str, data: bytes) -> Prediction:
@@ -137,13 +135,13 @@ def read_prediction(url: str, data: bytes) -> Prediction:
     except wire.WireError as error:
         hint = "Something between here and the service changes bodies."
         raise ServiceError(url, f"{error.field} {error.rule}", error.value, hint) from error
-    values, indices, tail = (tensors.pop(name, None) for name in ("values", "indices", "tail_logmass"))
-    status = tensors.pop("status", None)
+    values, indices, tail, lse, resized, status = (tensors.pop(name, None) for name in _PARTS)
     if status is None or status.ndim != 1 or not all(number in list(Status) for number in status.tolist()):
         hint = "Is it a teacher-serve of this version?"
         raise ServiceError(url, "must tell the status of each item", "none", hint)
     told = tuple(map(Status, status.tolist()))
-    return Prediction(values, indices, tail, tensors, wire.unpack_metadata(data), told)
+    each = None if resized is None else tuple(map(bool, resized.tolist()))
+    return Prediction(values, indices, tail, tensors, wire.unpack_metadata(data), told, lse, each)
 
 
 def read_lookup(url: str, data: bytes) -> tuple[str, ...]:

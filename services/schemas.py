@@ -7,10 +7,11 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-Output = Literal["logits", "logprobs", "probs", "topk"]
+Output = Literal["logits", "logprobs", "probs", "topk", "gather"]
+Dtype = Literal["f32", "f16", "bf16"]
 CacheUse = Literal["prefer", "only", "refresh", "bypass"]
 """Cache and journal first; those alone; computed, and kept anew; computed, neither read nor kept."""
-OUTPUTS: tuple[Output, ...] = ("logits", "logprobs", "probs", "topk")
+OUTPUTS: tuple[Output, ...] = ("logits", "logprobs", "probs", "topk", "gather")
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 1000.0
 
 
@@ -175,20 +176,22 @@ class Predictions(Body):
     digest: str
     output: Output
     temperature: float
-    resized: bool
-    """Whether the image was resized and cropped to the teacher's input."""
+    resized: bool | list[bool]
+    """Whether the image was resized and cropped to the teacher's input; of several files, each."""
     rounding: float | None = None
-    """Step of every number of `values` and `tail_logmass`, where this key's answers are rounded."""
+    """Step of every number of `values`, `tail_logmass` and `lse`, where this key's answers are rounded."""
     status: list[str]
     """What became of each item: `cached`, `kept` and `computed` have values; `absent`, `unknown`, `broken`, `differs`
     and `failed` have none."""
     encodings: dict[str, str]
     """How the cache keeps the fields of which something was read."""
     values: list[list[float | None] | None]
-    """[B, C], or [B, K] log-probabilities, sorted down, for `topk`."""
+    """[B, C], or [B, K] log-probabilities: sorted down for `topk`, as the classes were named for `gather`."""
     indices: list[list[int] | None] | None = None
-    """[B, K] class numbers; equal values stand in the order of their classes."""
+    """[B, K] class numbers; equal values of a `topk` stand in the order of their classes."""
     tail_logmass: list[float | None] | None = None
     """[B] log of the probability left out; null where nothing is."""
+    lse: list[float | None] | None = None
+    """[B] log-sum-exp of the raw logits, where it was asked for."""
     names: list[list[str] | None] | None = None
     """[B, K] class names, where they are known."""

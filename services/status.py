@@ -24,7 +24,7 @@ class Status(IntEnum):
     UNKNOWN = 4
     """Not answered: the data set has no such sample, or its recipe no such view."""
     BROKEN = 5
-    """Not answered: the sample could not be decoded when the cache was built, or cannot be now."""
+    """Not answered: the file, or the sample when the cache was built or now, cannot be decoded."""
     DIFFERS = 6
     """Not answered: the view has other pixels than the digest that came with the question."""
     FAILED = 7

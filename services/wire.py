@@ -5,19 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import numpy as np
 import safetensors
-import safetensors.numpy
+import safetensors.torch
 import torch
 from torch import Tensor
 
 MEDIA_TYPE = "application/safetensors"
-_DTYPES: dict[str, np.dtype[Any]] = {
-    "U8": np.dtype(np.uint8),
-    "I32": np.dtype(np.int32),
-    "F32": np.dtype(np.float32),
+_DTYPES: dict[str, torch.dtype] = {
+    "U8": torch.uint8,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
 }
 
 
@@ -44,24 +47,30 @@ class WireError(ValueError):
 
 
 def pack_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
-    """Tensors (uint8, int32 or float32) and strings about them to one body."""
-    arrays = {name: np.asarray(value.cpu().numpy(), order="C") for name, value in tensors.items()}
-    return bytes(safetensors.numpy.save(arrays, dict(metadata) if metadata else None))
+    """Tensors of the types in `unpack_tensors`, and strings about them, to one body."""
+    # Copies: the library refuses tensors that share their memory.
+    apart = {name: value.cpu().clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
+    return bytes(safetensors.torch.save(apart, dict(metadata) if metadata else None))
 
 
 def unpack_tensors(data: bytes) -> dict[str, Tensor]:
     """A body to tensors of their own memory.
 
     Raises:
-        WireError: it is not safetensors, or holds another dtype than uint8, int32 and float32.
+        WireError: it is not safetensors, or holds another dtype than U8, I32, I64, F32, F16 and BF16.
     """
     tensors = {}
     for name, part in _parts(data).items():
         dtype = _DTYPES.get(part["dtype"])
         if dtype is None:
             raise WireError(name[:80], f"must be one of {', '.join(_DTYPES)}", part["dtype"])
-        # A copy: the tensor must be writable, and outlive the body.
-        tensors[name] = torch.from_numpy(np.array(np.frombuffer(part["data"], dtype))).reshape(part["shape"])
+        # Each part has memory of its own; torch reads no buffer without a byte.
+        flat = torch.frombuffer(part["data"], dtype=dtype) if part["data"] else torch.empty(0, dtype=dtype)
+        try:
+            tensors[name] = flat.reshape(part["shape"])
+        except (RuntimeError, OverflowError):
+            # No bytes fit any shape that has a zero in it, also one that no number of 64 bits can count.
+            raise WireError(name[:80], "must have a shape that can be", f"{len(part['shape'])} dimensions") from None
     return tensors
 
 
@@ -84,12 +93,13 @@ def identity_of(images_BCHW: Tensor) -> bytes:
     return digest.digest()
 
 
-def pack_images(images_BCHW: Tensor) -> bytes:
-    """uint8 [B, C, H, W] to a body with `images` U8 [N, H, W, C]."""
+def pack_images(images_BCHW: Tensor, classes_BK: Tensor | None = None) -> bytes:
+    """uint8 [B, C, H, W] to a body with `images` U8 [N, H, W, C], and `classes` I64 [N, K] where there are some."""
     if images_BCHW.dtype != torch.uint8 or images_BCHW.ndim != 4:
         found = f"{images_BCHW.dtype} {tuple(images_BCHW.shape)}"
         raise WireError("images", "must be uint8 [B, C, H, W]", found)
-    return pack_tensors({"images": images_BCHW.permute(0, 2, 3, 1)})
+    images = {"images": images_BCHW.permute(0, 2, 3, 1)}
+    return pack_tensors(images if classes_BK is None else {**images, "classes": classes_BK.long()})
 
 
 def unpack_images(data: bytes, view_shape: tuple[int, int, int]) -> Tensor:
@@ -102,19 +112,23 @@ def unpack_images(data: bytes, view_shape: tuple[int, int, int]) -> Tensor:
     Raises:
         WireError: it is malformed, of another type or shape, or holds no image.
     """
-    parts = _parts(data)
-    if list(parts) != ["images"]:
-        raise WireError("body", "must hold one tensor, `images`", sorted(name[:20] for name in parts)[:4])
-    part, (channels, height, width) = parts["images"], view_shape
-    if part["dtype"] != "U8":
-        raise WireError("images", "must be U8", part["dtype"])
-    shape = tuple(part["shape"])
-    if len(shape) != 4 or shape[1:] != (height, width, channels):
-        raise WireError("images", f"must be [N, {height}, {width}, {channels}]", list(shape))
+    tensors = unpack_tensors(data)
+    if list(tensors) != ["images"]:
+        raise WireError("body", "must hold one tensor, `images`", sorted(name[:20] for name in tensors)[:4])
+    return as_views(tensors["images"], view_shape)
+
+
+def as_views(images_NHWC: Tensor, view_shape: tuple[int, int, int]) -> Tensor:
+    """What a body calls `images`, uint8 [N, H, W, C], to uint8 [N, C, H, W]; raises as `unpack_images` does."""
+    channels, height, width = view_shape
+    if images_NHWC.dtype != torch.uint8:
+        raise WireError("images", "must be U8", str(images_NHWC.dtype).removeprefix("torch."))
+    shape = list(images_NHWC.shape)
+    if len(shape) != 4 or shape[1:] != [height, width, channels]:
+        raise WireError("images", f"must be [N, {height}, {width}, {channels}]", shape)
     if shape[0] == 0:
-        raise WireError("images", "must hold at least one image", list(shape))
-    images_NHWC = np.frombuffer(part["data"], np.uint8).reshape(shape)
-    return torch.from_numpy(np.array(images_NHWC.transpose(0, 3, 1, 2), order="C"))
+        raise WireError("images", "must hold at least one image", shape)
+    return torch.from_numpy(np.array(images_NHWC.permute(0, 3, 1, 2).numpy(), order="C"))
 
 
 def _parts(data: bytes) -> dict[str, _Part]:

@@ -56,8 +56,9 @@ def run(
 def pixels(path: str) -> torch.Tensor:
     """A picture as the service sees it."""
     from services.images import decode
+    from services.pixels import PixelBudget
 
-    views, _ = decode(Path(path).read_bytes(), "image/png", (3, 8, 8), 10**6)
+    views, _ = decode(Path(path).read_bytes(), "image/png", (3, 8, 8), PixelBudget(10**6))
     return views
 
 

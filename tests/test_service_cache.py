@@ -563,3 +563,61 @@ def test_a_cache_that_is_not_what_was_built_is_no_answer(folder: Path, tmp_path:
     other = server.client.predict(toy_views(1), cache="bypass")
     assert other.status == (Status.COMPUTED,)
     assert server.http.get("/readyz").status_code == 503, "nobody has looked since"
+
+
+# ---------------------------------------------------------------- forms
+
+
+def test_named_classes_and_the_log_sum_exp_come_from_the_cache(
+    folder: Path, stored: torch.Tensor, serve: Serve
+) -> None:
+    server = serve(colour_spec(folder, "local"))
+    server.teacher.refuse = True
+    classes, expected = [[6, 0, 0], [1, 2, 3]], stored[[0, 1], [20, 3]]
+    asked = {"keys": [KEYS[20], KEYS[3]], "views": [0, 1]}
+    found = server.client.predict_named(
+        **asked, output="gather", classes=classes, temperature=2.5, lse=True, dtype="f16"
+    )
+    assert found.values is not None
+    assert found.lse is not None
+    assert torch.equal(found.values, log_probs(expected, 2.5).gather(1, torch.tensor(classes)).half())
+    assert torch.equal(found.lse, expected.logsumexp(1).half())
+    assert told(found.status) == {Status.CACHED}
+    shown = server.post({**asked, "keys": [KEYS[20], "nobody"], "classes": classes}, output="gather").json()
+    assert (shown["values"][1], shown["indices"]) == (None, [[6, 0, 0], None])
+    assert server.post({**asked, "classes": classes}, "lookup", output="gather").json()["status"] == ["cached"] * 2
+    for body in ({**asked, "classes": [[7]] * 2}, {**asked, "classes": [[0]]}, asked, {**asked, "classes": [[]] * 2}):
+        for path in ("predict", "lookup"):
+            answer = server.post(body, path, output="gather")
+            assert (answer.status_code, answer.json()["field"]) == (422, "classes"), answer.text
+    whole = server.post({**asked, "views": 1, "whole": True}, output="gather")
+    assert whole.status_code == 422
+
+
+def test_what_a_sparse_cache_keeps_is_neither_gathered_nor_summed(
+    tmp_path: Path, folder: Path, stored: torch.Tensor, serve: Serve
+) -> None:
+    spec = colour_spec(folder, "sparse", fields={"logits": {"encoding": {"kind": "top_k", "k": 3}}})
+    spec = spec.model_copy(update={"cache": str(tmp_path / "sparse")})
+    tc.build(spec, executor="serial")
+    server = serve(spec)
+    assert server.client.predict_named([KEYS[0]], 0, output="topk", k=3).status == (Status.CACHED,)
+    summed = server.client.predict_named([KEYS[0]], 0, output="topk", k=3, lse=True)
+    gathered = server.client.predict_named([KEYS[0]], 0, output="gather", classes=[[4]])
+    assert summed.status == gathered.status == (Status.COMPUTED,)
+    assert summed.lse is not None
+    assert gathered.values is not None
+    assert torch.equal(summed.lse, stored[0, :1].logsumexp(1))
+    assert torch.equal(gathered.values, log_probs(stored[0, :1], 1.0)[:, [4]])
+
+
+def test_json_is_bounded_more_tightly_than_tensors(folder: Path, serve: Serve) -> None:
+    server = serve(colour_spec(folder, "local"), max_body_bytes=800)
+    assert server.post({"keys": [KEYS[0]]}).status_code == 200
+    for path in ("predict", "lookup"):
+        answer = server.post({"keys": ["k" * 100]}, path)
+        assert (answer.status_code, answer.json()["field"], answer.json()["rule"]) == (
+            413,
+            "body",
+            "must be at most 100 bytes where it is JSON",
+        )

@@ -98,7 +98,7 @@ def test_the_card_says_what_is_taken_and_offered(client: httpx.Client) -> None:
     assert card["input"]["dtype"] == "uint8"
     assert card["fields"]["feature:pixels"] == {"shape": [3, 8, 8], "pool": "none"}
     assert card["micro_batch"] == 8
-    assert card["outputs"] == ["logits", "logprobs", "probs", "topk"]
+    assert card["outputs"] == ["logits", "logprobs", "probs", "topk", "gather"]
     assert card["limits"]["images"] == 20
     assert client.get("/v1/teachers").json() == {"teachers": [card]}
 
@@ -185,6 +185,9 @@ def test_a_safetensors_answer_says_what_it_is(client: httpx.Client) -> None:
         "temperature": "2.0",
         "resized": "false",
         "encodings": "{}",
+        "dtype": "f32",
+        "policy": "{}",
+        "numerics": '{"precision": "fp32", "channels_last": false, "threads": 1, "device": "cpu", "micro_batch": 8}',
     }
 
 
@@ -253,10 +256,11 @@ def test_other_sizes_are_resized_and_say_so(client: httpx.Client, size: tuple[in
 @settings(max_examples=60)
 def test_resizing_always_covers_the_input(tall: int, wide: int, height: int, width: int) -> None:
     from services.images import decode
+    from services.pixels import PixelBudget
 
     buffer = io.BytesIO()
     Image.new("L", (wide, tall), 200).save(buffer, "PNG")
-    found, _ = decode(buffer.getvalue(), "image/png", (1, height, width), 10**6)
+    found, _ = decode(buffer.getvalue(), "image/png", (1, height, width), PixelBudget(10**6))
     assert found.shape == (1, 1, height, width)
     # A zero would be padding: the crop would be larger than what was resized.
     assert found.eq(200).all()
@@ -333,7 +337,11 @@ def test_wrong_bodies(client: httpx.Client, name: str) -> None:
 
 OPTIONS = {
     "temprature=2": "temperature",
-    "dtype=f16": "dtype",
+    "dtype=f64": "dtype",
+    "dtype=f16&dtype=f16": "dtype",
+    "lse=true": "lse",
+    "lse=maybe&output=probs": "lse",
+    "output=gather&k=2": "k",
     "output=loggits": "output",
     "output=topk&k=0": "k",
     "output=topk&k=8": "k",

@@ -91,6 +91,7 @@ REFUSED: list[tuple[str, str, dict[str, object]]] = [
     ("topk", "outputs", {}),
     ("topk", "outputs", {"output": "probs"}),
     ("topk", "outputs", {"output": "topk", "k": 1, "fields": "logits,feature:pixels"}),
+    ("topk", "outputs", {"output": "topk", "k": 3, "lse": True}),
     ("topk", "largest_k", {"output": "topk", "k": 4}),
     ("topk", "largest_k", {"output": "topk"}),
     ("topk", "temperatures", {"output": "topk", "k": 3, "temperature": 2}),
@@ -182,7 +183,7 @@ def test_the_cards_show_what_the_key_may_have(server: Server) -> None:
     assert bounded["datasets"] == ["digits"]
     assert server.get("by-id", "/v1/teachers/toy").json()["limits"]["by_id_only"] is True
     everything = server.get("all", "/v1/teachers/toy").json()
-    assert everything["outputs"] == ["logits", "logprobs", "probs", "topk"]
+    assert everything["outputs"] == ["logits", "logprobs", "probs", "topk", "gather"]
     assert everything["limits"]["rounding"] is None
 
 

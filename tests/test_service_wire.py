@@ -16,7 +16,7 @@ from toy_service_models import SHAPE, views
 
 from services.wire import WireError, pack_images, pack_tensors, unpack_images, unpack_metadata, unpack_tensors
 
-ARRAYS = st.sampled_from([np.uint8, np.int32, np.float32]).flatmap(
+ARRAYS = st.sampled_from([np.uint8, np.int32, np.int64, np.float32, np.float16]).flatmap(
     lambda dtype: hnp.arrays(dtype, hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=5))
 )
 NAMES = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1).filter("__metadata__".__ne__)
@@ -103,6 +103,17 @@ def test_other_types_are_not_packed_as_images() -> None:
     for wrong in (torch.zeros(1, *SHAPE), torch.zeros(SHAPE, dtype=torch.uint8)):
         with pytest.raises(WireError, match="uint8"):
             pack_images(wrong)
+
+
+def test_bfloat16_comes_back_and_tensors_may_share_their_memory() -> None:
+    values = torch.tensor([1.0, -3.375, float("nan"), -torch.inf]).bfloat16()
+    found = unpack_tensors(pack_tensors({"a": values, "b": values[1:], "c": values.reshape(2, 2).T}))
+    assert [one.dtype for one in found.values()] == [torch.bfloat16] * 3
+    assert torch.equal(found["a"].view(torch.int16), values.view(torch.int16))
+    assert torch.equal(found["b"][:1], values[1:2])
+    assert found["c"].stride() == (2, 1)
+    found["a"][0] = 5.0
+    assert values[0] == 1
 
 
 def test_unknown_dtypes_are_refused() -> None:

@@ -1,0 +1,152 @@
+"""A question on its way: read, allowed, planned, answered, and given up where nobody waits for it any more."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import math
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TypeVar
+
+import torch
+from fastapi import Request
+from torch import Tensor
+
+from services.admission import admit, image_digests
+from services.answering import Desk
+from services.answers import gathered
+from services.classes import with_classes
+from services.naming import Named
+from services.planning import plan_images
+from services.planning_named import plan_named
+from services.policy import Asked
+from services.problems import Problem
+from services.state import Service
+from services.status import Answer, Plan
+from services.upload import Upload
+from services.work import Expired, QueueFull, TeacherFailed
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, eq=False)
+class Question:
+    """One that this key may have answered, and that is counted."""
+
+    desk: Desk
+    plan: Callable[[], Plan]
+    """Looks into the data set and the cache."""
+    classes_NK: Tensor | None = None
+    """Of a `gather`."""
+    resized: bool | tuple[bool, ...] = False
+    """Whether an image was brought to the teacher's size; of files, each."""
+    reads: bool = True
+    """Whether the plan looks into the data set or the cache."""
+
+
+async def ask_images(request: Request, service: Service, desk: Desk, upload: Upload) -> Question:
+    """A question by image.
+
+    Raises:
+        Problem: 403 and 429 of the key's policy and budgets, 422 for classes that do not fit.
+    """
+    wanted = with_classes(desk.wanted, upload.classes_NK, len(upload.views_BCHW), _classes(desk))
+    sent_BCHW = upload.decoded_BCHW
+    asked = Asked.predict(desk.served.name, wanted)
+    await admit(request, service.books, asked, len(sent_BCHW), partial(image_digests, sent_BCHW))
+    cached = desk.served.library is not None and desk.use in ("prefer", "only")
+    plan = partial(plan_images, desk.served, upload.views_BCHW, wanted, cached=cached, broken=upload.broken)
+    return Question(replace(desk, wanted=wanted), plan, upload.classes_NK, upload.resized, reads=cached)
+
+
+async def ask_named(request: Request, service: Service, desk: Desk, named: Named) -> Question:
+    """A question by name; raises as `ask_images` does."""
+    library = desk.served.library
+    assert library is not None, "its media type was taken"
+    classes_NK = classes_of(named)
+    wanted = with_classes(desk.wanted, classes_NK, len(named.keys), _classes(desk))
+    if named.whole and wanted.output == "gather":
+        raise Problem(422, "whole", "has no effect on output=gather", "true", "Leave it out.")
+    asked = Asked.predict(desk.served.name, wanted, uploaded=False, dataset=library.dataset)
+    await admit(request, service.books, asked, len(named.keys), partial(_name_digests, named))
+    cached, most = desk.use in ("prefer", "only"), service.settings.max_images
+    plan = partial(plan_named, desk.served, named, wanted, cached=cached, most=most)
+    return Question(replace(desk, wanted=wanted), plan, classes_NK)
+
+
+def classes_of(named: Named) -> Tensor | None:
+    """Its classes [N, K], not yet checked."""
+    return None if named.classes is None else torch.tensor(named.classes, dtype=torch.int64)
+
+
+async def answered(
+    request: Request, service: Service, read: Callable[[], Awaitable[Question]], deadline: float
+) -> tuple[Question, Answer]:
+    """A question and its answer, in time.
+
+    Args:
+        request: whose sender may hang up; its work then leaves the queue.
+        service: which answers.
+        read: reads the body to a question.
+        deadline: on the monotonic clock; inf where there is none.
+
+    Raises:
+        Problem: 408, 500, 503 or 504, and what `read` raises.
+    """
+    try:
+        async with asyncio.timeout(None if deadline == math.inf else deadline - time.monotonic()):
+            question = await read()
+            return question, await _while_there(request, partial(_answer, service, question))
+    except (TimeoutError, Expired):
+        hint = "Allow more time, or send fewer images."
+        raise Problem(504, "X-Deadline-Ms", "passed before the answer was there", "late", hint) from None
+    except QueueFull as full:
+        headers = {"Retry-After": str(full.retry_after)}
+        raise Problem(503, "queue", "must have room", "full", "Try again later.", headers) from None
+    except TeacherFailed:
+        hint = "The images of other requests are not affected. Report the request_id."
+        raise Problem(500, "teacher", "must answer these images", "it failed on them", hint) from None
+
+
+async def _answer(service: Service, question: Question) -> Answer:
+    desk = question.desk
+    look = partial(service.read, desk.served.name) if question.reads else asyncio.to_thread
+    answer = await desk.answer(await look(question.plan))
+    if question.classes_NK is None:
+        return answer
+    tensors = await asyncio.to_thread(gathered, answer.tensors, question.classes_NK)
+    return replace(answer, tensors=tensors)
+
+
+def _classes(desk: Desk) -> int:
+    """How many the teacher has; 0 where it has no logits, and so nothing to gather."""
+    return desk.served.field_shapes.get("logits", (0,))[0]
+
+
+def _name_digests(named: Named) -> frozenset[bytes]:
+    """One for each distinct (sample, view): what a key's distinct images are counted by where none is sent."""
+    pairs = zip(named.keys, named.view_of_each, strict=True)
+    return frozenset(
+        hashlib.blake2b(f"{view} {key}".encode(), digest_size=16, person=b"name").digest() for key, view in pairs
+    )
+
+
+async def _while_there(request: Request, answer: Callable[[], Awaitable[T]]) -> T:
+    """An answer; a client that hangs up meanwhile takes its work out of the queue."""
+    work, gone = asyncio.ensure_future(answer()), asyncio.ensure_future(_hang_up(request))
+    try:
+        await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not work.done():
+            raise Problem(408, "connection", "must stay open until the answer", "closed", "Ask again.")
+        return work.result()
+    finally:
+        gone.cancel()
+        work.cancel()
+
+
+async def _hang_up(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
