@@ -44,7 +44,11 @@ class AdoptingTeacher:
             precision=spec.precision, channels_last=spec.channels_last, threads=threads, device=device
         )
         self._teacher, self._device = teacher, device
-        self._answers = AnswerTable(JournalFile(folder), key_of(teacher.fingerprint, numerics))
+        self._answers = AnswerTable(
+            JournalFile(folder),
+            key_of(teacher.fingerprint, numerics, spec.micro_batch),
+            {base_of(name): field.pool for name, field in spec.fields.items()},
+        )
         self.fingerprint, self.fields = teacher.fingerprint, teacher.fields
         self.device, self.threads = teacher.device, teacher.threads
 

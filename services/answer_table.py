@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from sqlite3 import Connection
 
 from torch import Tensor
@@ -19,31 +19,41 @@ Fields = dict[str, Tensor]
 class AnswerTable:
     """As safe to share as the file is."""
 
-    def __init__(self, file: JournalFile, teacher: str) -> None:
+    def __init__(self, file: JournalFile, teacher: str, pools: Mapping[str, str] = {}) -> None:
         """Reads nothing yet.
 
         Args:
             file: where they lie, and other teachers' too.
             teacher: digest of the teacher, with all else that decides bits.
+            pools: `none` or `mean`, by field; a field that is not named is not pooled. What is pooled otherwise is
+                another answer.
         """
-        self._file, self._teacher = file, teacher
+        self._file, self._teacher, self._pools = file, teacher, pools
 
     def find(self, question: bytes, fields: Sequence[str]) -> Fields:
         """The answers that are there, of these fields; one that is damaged is not."""
-        with self._file.reading() as db:
-            # Cast: what is damaged may have become a text.
-            query = "SELECT field, CAST(data AS BLOB), checksum FROM answers WHERE teacher = ? AND question = ?"
-            rows = [row for row in db.execute(query, (self._teacher, question)) if row[0] in fields]
-        found = {name: data for name, data, checksum in rows if checksum == self._checksum(question, name, data)}
-        for name, _, _ in rows:
-            if name not in found:
+        found = {}
+        for name in fields:
+            with self._file.reading() as db:
+                # Cast: what is damaged may have become a text.
+                query = (
+                    "SELECT CAST(data AS BLOB), checksum FROM answers WHERE teacher = ? AND question = ? AND field = ?"
+                )
+                row = db.execute(query, (self._teacher, question, self._stored(name))).fetchone()
+            if row is not None and row[1] == self._checksum(question, name, row[0]):
+                found[name] = wire.unpack_tensors(row[0])[name]
+            elif row is not None:
                 self._forget_damaged(question, name)
-        return {name: wire.unpack_tensors(data)[name] for name, data in found.items()}
+        return found
 
     def has(self, db: Connection, question: bytes, fields: Sequence[str]) -> bool:
         """Whether all of these fields are there, damaged or not."""
         query = "SELECT field FROM answers WHERE teacher = ? AND question = ?"
-        return {name for (name,) in db.execute(query, (self._teacher, question))}.issuperset(fields)
+        found = {name for (name,) in db.execute(query, (self._teacher, question))}
+        return found.issuperset(map(self._stored, fields))
+
+    def _stored(self, field: str) -> str:
+        return field if self._pools.get(field, "none") == "none" else f"{field} ({self._pools[field]})"
 
     def put(self, db: Connection, question: bytes, answers: Fields, *, again: bool = False) -> None:
         """Writes answers, in the caller's transaction.
@@ -57,15 +67,15 @@ class AnswerTable:
         change = "INSERT OR REPLACE" if again else "INSERT OR IGNORE"
         for name, values in answers.items():
             data = wire.pack_tensors({name: values})
-            row = (self._teacher, question, name, data, self._checksum(question, name, data))
+            row = (self._teacher, question, self._stored(name), data, self._checksum(question, name, data))
             db.execute(f"{change} INTO answers VALUES (?, ?, ?, ?, ?)", row)
 
     def _checksum(self, question: bytes, field: str, data: bytes) -> int:
-        return crc32c(b"\0".join([self._teacher.encode(), question, field.encode(), data]))
+        return crc32c(b"\0".join([self._teacher.encode(), question, self._stored(field).encode(), data]))
 
     def _forget_damaged(self, question: bytes, field: str) -> None:
         _log.warning("%s: a kept answer is damaged and is asked for again (%s)", self._file.path, field)
         with self._file.changing() as db:
             gone = "DELETE FROM answers WHERE teacher = ? AND question = ? AND field = ?"
-            if db.execute(gone, (self._teacher, question, field)).rowcount:
+            if db.execute(gone, (self._teacher, question, self._stored(field))).rowcount:
                 db.execute("UPDATE accounts SET damaged = damaged + 1 WHERE teacher = ?", (self._teacher,))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Any, TypeVar
 
@@ -15,9 +16,11 @@ from torch import Tensor
 
 from services.answers import transform
 from services.batching import Batcher
+from services.held import choose
 from services.kept_answers import KeptAnswers
 from services.options import Wanted
 from services.problems import Problem
+from services.salvage import Salvage
 from services.schemas import CacheUse
 from services.status import Answer, Part, Plan, Question, Status, assembled
 from services.teachers import ServedTeacher
@@ -25,8 +28,6 @@ from services.work import Fields, TeacherFailed
 from teacher_cache.errors import TeacherCacheError
 
 T = TypeVar("T")
-_MOST_TRIES = 32
-"""Forward passes that are spent on finding the images which break one micro-batch."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,9 +44,15 @@ class Desk:
     deadline: float = math.inf
 
     def require_room(self) -> None:
-        """Raises `QueueFull` where not even one image would be taken, and the model may have to be asked."""
-        if self.use != "only":
-            self.batcher.require_room(1)
+        """Raises `QueueFull` where not even one image would be taken, and the model has to be asked."""
+        if self.use == "only" or (self.use == "prefer" and (self.kept is not None or self._may_be_cached)):
+            return
+        self.batcher.require_room(1)
+
+    @property
+    def _may_be_cached(self) -> bool:
+        library = self.served.library
+        return library is not None and choose(library.held, self.wanted, exact=False) is not None
 
     async def answer(self, plan: Plan) -> Answer:
         """Everything that the plan leaves open.
@@ -58,46 +65,60 @@ class Desk:
                 where the journal cannot be written, or the service stops.
         """
         if self.strict and plan.unanswered:
-            raise _unanswered(*next(iter(plan.unanswered.items())))
-        if self.use != "only":
-            self.batcher.require_room(sum(len(question.images_BCHW) for question in plan.questions))
+            raise _unanswered(plan.unanswered)
+        kept = await together([self._look(question) for question in plan.questions])
+        left = [question for question, part in zip(plan.questions, kept, strict=True) if part is None]
         failed: dict[int, Status] = {}
-        found = await together([self._ask(question, failed) for question in plan.questions])
-        parts = [*plan.parts, *chain.from_iterable(found)]
+        computed: list[list[Part]] = []
+        if left and self.use != "only":
+            # Nothing is refused for want of room that is there already.
+            self.batcher.require_room(sum(len(question.images_BCHW) for question in left))
+            computed = await together([self._ask(question, failed) for question in left])
+        parts = [*plan.parts, *(part for part in kept if part is not None), *chain.from_iterable(computed)]
         tensors, status = await asyncio.to_thread(assembled, plan, parts, failed)
-        without = [place for place, one in enumerate(status) if not one.answered]
+        without = {place: one for place, one in enumerate(status) if not one.answered}
         if without and (self.strict or len(without) == len(status)):
-            raise _unanswered(without[0], status[without[0]])
+            raise _unanswered(without)
         return Answer(tensors, status, plan.encodings)
 
+    async def _look(self, question: Question) -> Part | None:
+        """What the journal has of a question; None where that is not all."""
+        if self.kept is None or self.use not in ("prefer", "only"):
+            return None
+        try:
+            fields = await asyncio.to_thread(self.kept.find, self.served, question.identity, self.wanted.fields)
+        except TeacherCacheError:
+            raise _no_journal("must be readable", "it is not") from None
+        if len(fields) < len(self.wanted.fields):
+            return None
+        return await self._part(question, question.rows, fields, Status.KEPT)
+
     async def _ask(self, question: Question, failed: dict[int, Status]) -> list[Part]:
-        kept = self.kept if self.use in ("prefer", "only") else None
-        if kept is not None:
-            fields = await asyncio.to_thread(kept.find, self.served.answers_key, question.identity, self.wanted.fields)
-            if len(fields) == len(self.wanted.fields):
-                return [await self._part(question, question.rows, fields, Status.KEPT)]
-        if self.use == "only":
-            return []
         try:
             fields = await self._compute(question.images_BCHW, question.identity)
         except TeacherFailed:
-            if self.strict:
+            if self.strict and len(set(question.rows)) == len(question.images_BCHW):
                 raise
-            return await _Salvage(self, question, failed).parts()
+            return await self._salvage(question, failed)
         await self._keep(question, fields)
         return [await self._part(question, question.rows, fields, Status.COMPUTED)]
+
+    async def _salvage(self, question: Question, failed: dict[int, Status]) -> list[Part]:
+        """The answers to the images that do not break the teacher; the other items are put down as failed."""
+        found = await Salvage(partial(self._compute, identity=None), question).answers()
+        parts = [await self._part(question, rows, fields, Status.COMPUTED) for rows, fields in found]
+        there = {place for part in parts for place in part.places}
+        failed.update({place: Status.FAILED for place in question.places if place not in there})
+        return parts
 
     async def _keep(self, question: Question, fields: Fields) -> None:
         if self.kept is None or self.use not in ("prefer", "refresh"):
             return
         again = self.use == "refresh"
         try:
-            await asyncio.wrap_future(self.kept.keep(self.served.answers_key, question.identity, fields, again=again))
+            await asyncio.wrap_future(self.kept.keep(self.served, question.identity, fields, again=again))
         except TeacherCacheError:
-            hint = "Nothing is lost: ask again. Whoever runs the service finds the reason in its log."
-            headers = {"Retry-After": "5"}
-            rule = "must take an answer before it leaves"
-            raise Problem(503, "journal", rule, "it cannot be written", hint, headers) from None
+            raise _no_journal("must take an answer before it leaves", "it cannot be written") from None
 
     async def _compute(self, images_BCHW: Tensor, identity: bytes | None) -> Fields:
         return await unless_stopped(self.batcher.submit(images_BCHW, self.wanted.fields, self.deadline, identity))
@@ -110,50 +131,6 @@ class Desk:
 
     def _transform(self, fields: Fields, index: Tensor) -> dict[str, Tensor]:
         return transform({name: value[index] for name, value in fields.items()}, self.wanted)
-
-
-class _Salvage:
-    """Halves a micro-batch on which the teacher fails, until the images that break it are alone.
-
-    The other images of the micro-batch are black, so that each stays in its place.
-    """
-
-    def __init__(self, desk: Desk, question: Question, failed: dict[int, Status]) -> None:
-        self._desk, self._question, self._failed = desk, question, failed
-        self._tries = 0
-        self._found: list[Part] = []
-
-    async def parts(self) -> list[Part]:
-        """The answers that there are; the other items are put down as failed."""
-        rows = sorted(set(self._question.rows))
-        await self._split(rows)
-        return self._found
-
-    async def _split(self, rows: list[int]) -> None:
-        if len(rows) > 1:
-            half = len(rows) // 2
-            await self._try(rows[:half])
-            await self._try(rows[half:])
-        else:
-            self._give_up(rows)
-
-    async def _try(self, rows: list[int]) -> None:
-        self._tries += 1
-        if self._tries > _MOST_TRIES:
-            self._give_up(rows)
-            return
-        alone_BCHW = torch.zeros_like(self._question.images_BCHW)
-        alone_BCHW[rows] = self._question.images_BCHW[rows]
-        try:
-            fields = await self._desk._compute(alone_BCHW, None)
-        except TeacherFailed:
-            await self._split(rows)
-        else:
-            self._found.append(await self._desk._part(self._question, rows, fields, Status.COMPUTED))
-
-    def _give_up(self, rows: list[int]) -> None:
-        pairs = zip(self._question.places, self._question.rows, strict=True)
-        self._failed.update({place: Status.FAILED for place, row in pairs if row in rows})
 
 
 async def together(work: Sequence[Awaitable[T]]) -> list[T]:
@@ -192,8 +169,16 @@ _REASONS = {
 }
 
 
-def _unanswered(place: int, status: Status) -> Exception:
+def _unanswered(why: Mapping[int, Status]) -> Exception:
+    """For the first item without an answer of its own fault; others may be without one because of it."""
+    place = min(why, key=lambda item: (why[item] is Status.ABSENT, item))
+    status = why[place]
     if status is Status.FAILED:
         return TeacherFailed()
     code, rule, hint = _REASONS[status]
     return Problem(code, "items", rule, f"item {place} is {status.shown}", hint)
+
+
+def _no_journal(rule: str, found: str) -> Problem:
+    hint = "Nothing is lost: ask again. Whoever runs the service finds the reason in its log."
+    return Problem(503, "journal", rule, found, hint, {"Retry-After": "5"})

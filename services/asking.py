@@ -19,6 +19,7 @@ from services.admission import admit, image_digests
 from services.answering import Desk
 from services.answers import gathered
 from services.classes import with_classes
+from services.library import Library
 from services.naming import Named
 from services.planning import plan_images
 from services.planning_named import plan_named
@@ -71,7 +72,7 @@ async def ask_named(request: Request, service: Service, desk: Desk, named: Named
     if named.whole and wanted.output == "gather":
         raise Problem(422, "whole", "has no effect on output=gather", "true", "Leave it out.")
     asked = Asked.predict(desk.served.name, wanted, uploaded=False, dataset=library.dataset)
-    await admit(request, service.books, asked, len(named.keys), partial(_name_digests, named))
+    await admit(request, service.books, asked, len(named.keys), partial(_name_digests, named, library))
     cached, most = desk.use in ("prefer", "only"), service.settings.max_images
     plan = partial(plan_named, desk.served, named, wanted, cached=cached, most=most)
     return Question(replace(desk, wanted=wanted), plan, classes_NK)
@@ -126,11 +127,12 @@ def _classes(desk: Desk) -> int:
     return desk.served.field_shapes.get("logits", (0,))[0]
 
 
-def _name_digests(named: Named) -> frozenset[bytes]:
-    """One for each distinct (sample, view): what a key's distinct images are counted by where none is sent."""
-    pairs = zip(named.keys, named.view_of_each, strict=True)
-    return frozenset(
-        hashlib.blake2b(f"{view} {key}".encode(), digest_size=16, person=b"name").digest() for key, view in pairs
+def _name_digests(named: Named, library: Library) -> tuple[bytes, ...]:
+    """For each (sample, view) what a key's distinct images are counted by where none is sent."""
+    pairs, where = zip(named.keys, named.view_of_each, strict=True), library.fingerprint
+    return tuple(
+        hashlib.blake2b(f"{where} {view} {key}".encode(), digest_size=16, person=b"name").digest()
+        for key, view in pairs
     )
 
 

@@ -50,7 +50,13 @@ def held_by(cache: Cache, opened: Opened) -> Held:
     found: dict[str, list[HeldField]] = {}
     for name in cache.fields:
         additions = cache.additions_of(name)
-        if any(item.identity.teacher != opened.teacher.fingerprint for item in additions):
+        # `logits@small` of another teacher is `its-name/logits@small`.
+        stored = name.rpartition("/")[2]
+        field = base_of(stored)
+        served = opened.spec.teacher.fields.get(field)
+        if any(item.identity.teacher != opened.teacher.fingerprint for item in additions) or served is None:
+            continue
+        if any(item.fields[stored].pool != served.pool for item in additions):
             continue
         encoding = cache.encoding_of(name)
         alike = all(
@@ -58,8 +64,6 @@ def held_by(cache: Cache, opened: Opened) -> Held:
             for item in additions
         )
         exact = alike and isinstance(encoding, Dense) and encoding.dtype == "float32"
-        # `logits@small` of another teacher is `its-name/logits@small`.
-        field = base_of(name.rpartition("/")[2])
         found.setdefault(field, []).append(HeldField(name, encoding, exact))
     return {field: tuple(sorted(ways, key=_best_first)) for field, ways in found.items()}
 
@@ -74,8 +78,10 @@ def choose(held: Held, wanted: Wanted, *, exact: bool) -> Chosen | None:
     Args:
         held: what there is.
         wanted: what was asked for.
-        exact: whether only the teacher's own bits will do.
+        exact: whether only the teacher's own bits will do; so it is where a key's answers are rounded: two values that
+            are rounded apart would tell more than one.
     """
+    exact = exact or wanted.rounding is not None
     chosen = {}
     for field in wanted.fields:
         known = [way for way in held.get(base_of(field), ()) if way.exact or not exact]

@@ -64,8 +64,9 @@ class HttpTeacher:
         self._journal = None
         if spec.journal is not None:
             # A try may take the timeout several times over: to connect, to write, to read.
-            key = key_of(self._card.digest, self._card.numerics)
-            self._journal = Journal(Path(spec.journal), key, spec.budget, 4 * spec.timeout)
+            key = key_of(self._card.digest, self._card.numerics, self._card.micro_batch)
+            pools = {name: field.pool for name, field in self._card.fields.items()}
+            self._journal = Journal(Path(spec.journal), key, spec.budget, 4 * spec.timeout, pools)
         self._questions = PaidQuestions(
             spec.model,
             self.fingerprint,

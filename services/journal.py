@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from sqlite3 import Connection
@@ -32,7 +32,9 @@ class Ticket(NamedTuple):
 class Journal:
     """One process's part in the journal of one teacher; safe to use from several threads."""
 
-    def __init__(self, folder: Path, teacher: str, budget: BudgetSpec, seconds: float) -> None:
+    def __init__(
+        self, folder: Path, teacher: str, budget: BudgetSpec, seconds: float, pools: Mapping[str, str] = {}
+    ) -> None:
         """Opens it.
 
         Args:
@@ -40,12 +42,13 @@ class Journal:
             teacher: digest of the teacher, with all else that decides bits.
             budget: the most that may be counted.
             seconds: after which a try of a process that cannot be looked at is thought lost.
+            pools: how fields are pooled, as `AnswerTable` takes it.
 
         Raises:
             BuildError: the folder or the file cannot be used.
         """
         self._file = JournalFile(folder)
-        self._answers = AnswerTable(self._file, teacher)
+        self._answers = AnswerTable(self._file, teacher, pools)
         self._teacher, self._budget, self._seconds = teacher, budget, seconds
         self._me = Builder.here(joined=True)
         with self._file.changing() as db:

@@ -15,6 +15,7 @@ from pathlib import Path
 from services.answer_table import AnswerTable, Fields
 from services.journal_file import JournalFile
 from services.scribe import Scribe
+from services.teachers import ServedTeacher
 
 _log = logging.getLogger("services")
 
@@ -33,8 +34,10 @@ class KeptAnswers:
             BuildError: the folder or the file cannot be used.
         """
         self._file, self._most = JournalFile(folder), most_bytes
+        # Its own connection: a writer that waits for another process keeps no reader waiting.
+        self._shelf = JournalFile(folder)
         self._scribe = Scribe("journal", self)
-        self._waiting: list[tuple[str, bytes, Fields, bool]] = []
+        self._waiting: list[tuple[ServedTeacher, bytes, Fields, bool]] = []
         self.full = self._is_full()
         """Whether answers are not kept any more."""
 
@@ -46,16 +49,17 @@ class KeptAnswers:
         """Writes what was handed over, and closes the file."""
         self._scribe.stop()
         self._file.close()
+        self._shelf.close()
 
-    def find(self, teacher: str, question: bytes, fields: Sequence[str]) -> Fields:
-        """The answers to a question that are kept, of these fields."""
-        return AnswerTable(self._file, teacher).find(question, fields)
+    def find(self, teacher: ServedTeacher, question: bytes, fields: Sequence[str]) -> Fields:
+        """The answers to a question that are kept, of these fields; raises `BuildError`."""
+        return _table(self._shelf, teacher).find(question, fields)
 
-    def keep(self, teacher: str, question: bytes, answers: Fields, *, again: bool = False) -> Future[None]:
+    def keep(self, teacher: ServedTeacher, question: bytes, answers: Fields, *, again: bool = False) -> Future[None]:
         """Hands answers over.
 
         Args:
-            teacher: digest of the teacher, with all else that decides bits.
+            teacher: who has answered.
             question: that names the pixels.
             answers: by field.
             again: in place of what is kept.
@@ -71,7 +75,7 @@ class KeptAnswers:
         if not self.full:
             with self._file.changing() as db:
                 for teacher, question, answers, again in self._waiting:
-                    AnswerTable(self._file, teacher).put(db, question, answers, again=again)
+                    _table(self._file, teacher).put(db, question, answers, again=again)
             self.full = self._is_full()
         self._waiting.clear()
 
@@ -87,3 +91,7 @@ class KeptAnswers:
             rule = "service.journal_bytes is reached: answers are given, and not kept any more"
             _log.warning("%s: %s", self._file.path, rule)
         return full
+
+
+def _table(file: JournalFile, teacher: ServedTeacher) -> AnswerTable:
+    return AnswerTable(file, teacher.answers_key, teacher.pools)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -16,11 +17,13 @@ from services.pixel_index import PixelIndex, Place
 from services.rendered import Rendered, render
 from services.schemas import DatasetCard
 from teacher_cache.errors import CacheNotFoundError, MismatchError
-from teacher_cache.fingerprint import key_digests
+from teacher_cache.fingerprint import fingerprint, key_digests
 from teacher_cache.loader import KnownItems, ViewLoader
-from teacher_cache.manifest import read_manifest
+from teacher_cache.manifest import Manifest, read_manifest
 from teacher_cache.plan import Opened
 from teacher_cache.reader import Cache
+from teacher_cache.sources import source_fingerprint
+from teacher_cache.spec import StoreSpec
 from teacher_cache.storage import Grid
 
 _LOOK_SECONDS = 5.0
@@ -52,6 +55,8 @@ class Library:
         self._order = np.argsort(opened.digests)
         self._sorted = opened.digests[self._order]
         self._cache: Cache | None = None
+        self._seen: Manifest | None = None
+        """That of the cache when it was opened."""
         self._index: PixelIndex | None = None
         self.held: Held = {}
         """The fields of which the cache has this teacher's answers."""
@@ -66,7 +71,8 @@ class Library:
         return source.dataset if source.kind == "torchvision" else source.kind
 
     def card(self) -> DatasetCard:
-        """What may be named."""
+        """What may be named, and what is there now."""
+        self.refresh()
         return DatasetCard(
             name=self.dataset,
             samples=self.samples,
@@ -90,6 +96,11 @@ class Library:
         """Fingerprint of the views."""
         return self._opened.recipe.view_fingerprint
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """Names the samples and their views."""
+        return fingerprint("library", 1, {"source": source_fingerprint(self._opened.source), "recipe": self.recipe})
+
     def refresh(self) -> None:
         """Takes in what was built since; looks at most every few seconds.
 
@@ -100,18 +111,23 @@ class Library:
         if not self._cached or now - self._looked < _LOOK_SECONDS:
             return
         self._looked = now
-        before = self._cache
+        cache, seen = self._cache, self._seen
+        # A cache that was sealed meanwhile takes that in by itself, and what is made of it here has to follow.
+        if cache is None or seen is None or seen.state != "sealed" or read_manifest(cache.root) != seen:
+            self.reopen()
+
+    def reopen(self) -> None:
+        """Opens the cache anew, whatever is known of it: files that were mended are read again. Raises `CacheError`."""
+        if not self._cached:
+            return
         try:
-            if before is None:
-                self._take(self._fitting(Cache(self._opened.spec.cache)))
-            elif before.manifest.state != "sealed" or read_manifest(before.root) != before.manifest:
-                self._take(self._fitting(before.again()))
+            self._take(self._fitting(Cache(self._opened.spec.cache)))
         except CacheNotFoundError:
             self._take(None)
 
     def _take(self, cache: Cache | None) -> None:
-        opened, before = self._opened, self._cache
-        self._cache = cache
+        opened, seen = self._opened, self._seen
+        self._cache, self._seen = cache, None if cache is None else cache.manifest
         if cache is None:
             self._loader, self._stops, self.held = opened.loader, [self.samples], {}
         else:
@@ -120,7 +136,7 @@ class Library:
             self._loader = ViewLoader(opened.recipe, opened.digests, item, self._stops)
             self.held = held_by(cache, opened)
         # While a build runs, only what is there when it seals is looked for by its pixels.
-        if cache is None or before is None or cache.manifest != before.manifest:
+        if self._seen is None or self._seen != seen:
             self._index = None
 
     def _fitting(self, cache: Cache) -> Cache:
@@ -161,14 +177,24 @@ class Library:
 
     def micro_batch_of(self, view: int, row: int) -> MicroBatch:
         """The rows among which a build has computed, or will compute, a row of a view."""
-        spec, stops = self._opened.spec, self._stops
+        stops = self._stops
         segment = int(np.searchsorted(stops, row, side="right"))
         first = stops[segment - 1] if segment else 0
-        grid = Grid(stops[segment] - first, spec.store.shard_rows, spec.store.chunk_rows)
-        start, stop = grid.span((row - first) // spec.store.shard_rows)
-        start, stop, size = first + start, first + stop, spec.teacher.micro_batch
+        store = self._store_of(first, view)
+        grid = Grid(stops[segment] - first, store.shard_rows, store.chunk_rows)
+        start, stop = grid.span((row - first) // store.shard_rows)
+        start, stop, size = first + start, first + stop, self._opened.spec.teacher.micro_batch
         begin = start + (row - start) // size * size
         return MicroBatch(view, begin, min(begin + size, stop))
+
+    def _store_of(self, first_row: int, view: int) -> StoreSpec:
+        """How the cache cuts the rows of a segment in a view; or, where it has none of them, how a build will."""
+        if self._cache is not None:
+            for item in self._cache.manifest.additions:
+                mine = item.identity.teacher == self._opened.teacher.fingerprint
+                if mine and item.extent.first_row == first_row and view in item.view_numbers:
+                    return item.store
+        return self._opened.spec.store
 
     def has_view(self, view: int) -> bool:
         """Whether there is such a view: of a recipe that draws nothing there is but one."""

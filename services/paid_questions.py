@@ -139,7 +139,7 @@ class PaidQuestions:
         if status_of(error) not in _NOT_BY_NAME:
             return
         self._refusals += 1
-        if self._refusals == _REFUSALS:
+        if self._refusals >= _REFUSALS:
             self._by_name = False
         raise _Unnamed from None
 

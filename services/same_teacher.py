@@ -46,9 +46,10 @@ def require_replica(ours: TeacherCard, theirs: TeacherCard, url: str) -> None:
             raise ServiceError(url, rule, getattr(theirs, name), "Serve the same one there, or take this URL out.")
 
 
-def key_of(digest: str, numerics: NumericsCard) -> str:
-    """Names a teacher together with where it runs, which can change a last bit: what a kept answer is good for."""
-    return fingerprint("answers", 1, {"teacher": digest, "numerics": numerics.model_dump(mode="json")})
+def key_of(digest: str, numerics: NumericsCard, micro_batch: int) -> str:
+    """Names a teacher together with what else decides its bits: where it runs, and how many rows it sees at once."""
+    what = {"teacher": digest, "numerics": numerics.model_dump(mode="json"), "micro_batch": micro_batch}
+    return fingerprint("answers", 2, what)
 
 
 def _require_fields(spec: TeacherSpec, card: TeacherCard) -> None:

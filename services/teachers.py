@@ -8,11 +8,14 @@ from dataclasses import dataclass
 from services.library import Library
 from services.policy import Policy
 from services.same_teacher import key_of
-from services.schemas import OUTPUTS, FieldCard, InputCard, LimitsCard, NumericsCard, TeacherCard
+from services.schemas import OUTPUTS, DatasetCard, FieldCard, InputCard, LimitsCard, NumericsCard, TeacherCard
 from services.settings import Settings
-from teacher_cache.errors import TeacherError
-from teacher_cache.plan import first_views, open_parts, probe
-from teacher_cache.spec import BuildSpec, NormalizeSpec, base_of
+from teacher_cache.addition import Addition
+from teacher_cache.errors import CacheNotFoundError, TeacherError
+from teacher_cache.manifest import read_manifest
+from teacher_cache.plan import first_views, fitted, open_parts, probe
+from teacher_cache.spec import BuildSpec, FieldSpec, NormalizeSpec, base_of
+from teacher_cache.storage.root import open_root
 from teacher_cache.teachers import Teacher, resolve_device
 
 
@@ -61,10 +64,16 @@ class ServedTeacher:
     @property
     def answers_key(self) -> str:
         """What a kept answer is good for."""
-        return key_of(self.digest, self.numerics)
+        return key_of(self.digest, self.numerics, self.micro_batch)
 
-    def card(self, settings: Settings, policy: Policy) -> TeacherCard:
-        """What `GET /v1/teachers/{name}` answers to a key: what it may have, and its limits."""
+    def card(self, settings: Settings, policy: Policy, dataset: DatasetCard | None = None) -> TeacherCard:
+        """What `GET /v1/teachers/{name}` answers to a key: what it may have, and its limits.
+
+        Args:
+            settings: the server's limits.
+            policy: the key's.
+            dataset: what may be named, if anything may.
+        """
         channels, height, width = self.view_shape
         offered = OUTPUTS if "logits" in self.field_shapes else ("logits",)
         outputs = tuple(name for name in offered if policy.outputs is None or name in policy.outputs)
@@ -83,7 +92,7 @@ class ServedTeacher:
             fields={name: FieldCard(shape=self.field_shapes[name], pool=self.pools[name]) for name in fields},
             micro_batch=self.micro_batch,
             numerics=self.numerics,
-            dataset=None if self.library is None else self.library.card(),
+            dataset=_allowed(dataset, policy, fields),
             limits=LimitsCard(
                 images=settings.max_images,
                 body_bytes=settings.max_body_bytes,
@@ -93,12 +102,40 @@ class ServedTeacher:
         )
 
 
+def _allowed(dataset: DatasetCard | None, policy: Policy, fields: list[str]) -> DatasetCard | None:
+    """What a key may know of a data set."""
+    if dataset is None or (policy.datasets is not None and dataset.name not in policy.datasets):
+        return None
+    encodings = {field: name for field, name in dataset.encodings.items() if field in fields}
+    return dataset.model_copy(update={"encodings": encodings})
+
+
 def _require_servable(spec: BuildSpec) -> None:
     reasons = {"flow": "a request names its fields with commas between them", "saliency": "requests bring no labels"}
     for field in spec.teacher.fields:
         reason = reasons.get(base_of(field).partition(":")[0])
         if reason is not None:
             raise TeacherError(f"teacher.fields.{field}", f"cannot be served: {reason}", field, "Leave it out.")
+
+
+def _without_labels(spec: BuildSpec) -> BuildSpec:
+    """The teacher's own fields: `logits` and `logits@small` are one answer, kept in two ways."""
+    fields: dict[str, FieldSpec] = {}
+    for name, field in spec.teacher.fields.items():
+        known = fields.setdefault(base_of(name), FieldSpec(pool=field.pool))
+        if known.pool != field.pool:
+            hint = "Serve a configuration that has it once."
+            raise TeacherError(f"teacher.fields.{name}", "must be pooled in one way to be served", field.pool, hint)
+    return spec.model_copy(update={"teacher": spec.teacher.model_copy(update={"fields": fields})})
+
+
+def _built_before(spec: BuildSpec) -> list[Addition]:
+    """What this teacher has answered of the configuration's cache: in micro-batches that may have been halved."""
+    try:
+        manifest = read_manifest(open_root(spec.cache))
+    except CacheNotFoundError:
+        return []
+    return [item for item in manifest.additions if item.teacher == spec.teacher.name]
 
 
 def open_served(spec: BuildSpec, *, from_cache: bool = True) -> ServedTeacher:
@@ -112,11 +149,14 @@ def open_served(spec: BuildSpec, *, from_cache: bool = True) -> ServedTeacher:
         RequestError: the source, the recipe or the teacher cannot be opened, or they do not fit.
         CacheError: the cache is not this configuration's, or cannot be trusted.
     """
+    _require_servable(spec)
+    spec = _without_labels(spec)
     opened = open_parts(spec)
     _, views = first_views(opened)
     _, channels, height, width = views.pixels_BCHW.shape
     shape = (channels, height, width)
-    _require_servable(spec)
+    opened = fitted(opened, shape, _built_before(spec) if from_cache else [])
+    spec = opened.spec
     shapes = probe(opened, shape)
     if len(shapes.get("logits", (1,))) != 1:
         rule = "must be [batch, classes] to be served"

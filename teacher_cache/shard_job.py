@@ -85,13 +85,16 @@ def open_job(root: Root, manifest: Manifest, opened: Opened, hold: Hold | None =
     item = opened.source.item if known is None else KnownItems(opened.source, known.samples)
     # The source may have grown since the addition was begun: partners come from the rows of the plan.
     loader = ViewLoader(opened.recipe, opened.digests[: manifest.rows], item, manifest.stops)
-    return job_of(root, addition, replace(opened, loader=loader, teacher=_first_kept(opened)), hold, known)
+    return job_of(root, addition, replace(opened, loader=loader, teacher=_first_kept(opened, addition)), hold, known)
 
 
-def _first_kept(opened: Opened) -> Teacher:
+def _first_kept(opened: Opened, addition: Addition) -> Teacher:
     """The teacher; one of this process is not asked about what a service has kept for the build."""
     spec, teacher = opened.spec, opened.teacher
     if spec.teacher.journal is None or isinstance(teacher, RemoteTeacher):
+        return teacher
+    if any(field.fixed.kind == "feature_head" for field in addition.fields.values()):
+        # It keeps what the head reads, and that is no answer of a service.
         return teacher
     return with_kept_answers(teacher, spec.teacher, resolve_device(spec.compute.device), spec.compute.threads)
 
