@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import socket
+import sys
 import threading
 from pathlib import Path
 from types import FrameType
@@ -21,6 +22,7 @@ from typer.core import TyperGroup
 from services.app import create_app
 from services.books import Books
 from services.commands import audit, keys
+from services.logs import Level, logging_to
 from services.predict_command import predict
 from services.settings import Settings
 from services.state import Service
@@ -81,6 +83,7 @@ def serve(
         typer.Option(help="Folder of keys, usage and audit (`teacher-serve keys`); nobody comes in without one."),
     ] = None,
     name: Annotated[str | None, typer.Option(help="Last part of the URL; default: teacher.name.")] = None,
+    log_level: Annotated[Level, typer.Option(help="Of the JSON lines (text at a terminal) on stderr.")] = Level.INFO,
 ) -> None:
     """Serves a teacher's answers over HTTP, without its weights.
 
@@ -91,7 +94,7 @@ def serve(
     ours = [item for item in given if not item.startswith(_SERVICE)]
     named = [] if name is None else [f"teacher.name={json.dumps(name)}"]
     spec = load_spec(config, [*ours, *named])
-    with _bind(settings) as listener, contextlib.closing(Books(settings)) as books:
+    with logging_to(sys.stderr, log_level), _bind(settings) as listener, contextlib.closing(Books(settings)) as books:
         served = open_served(spec, from_cache=settings.from_cache)
         app = create_app({served.name: served}, settings, books)
         address = f"[{host}]" if ":" in host else host
@@ -99,7 +102,7 @@ def serve(
         print(f"serving {served.name}, digest {served.digest}, at {url}", flush=True)
         server = uvicorn.Config(
             app,
-            log_level="warning",
+            log_config=None,
             access_log=False,
             server_header=False,
             ws="none",

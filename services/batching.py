@@ -13,14 +13,14 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from services.request_log import log_failure
 from services.teachers import ServedTeacher
-from services.work import Fields, Identity, Piece, Placed, QueueFull, Request, TeacherFailed
+from services.work import Awaited, Fields, Identity, Piece, Placed, QueueFull, Request, TeacherFailed
 
 _log = logging.getLogger("services")
 
@@ -46,6 +46,8 @@ class Batcher:
         self._thread = threading.Thread(target=self._run, name=f"teacher-{served.name}", daemon=True)
         self.warm = False
         """Whether a first, empty batch has gone through the model."""
+        self.ran: Callable[[int, float], None] = lambda _rows, _seconds: None
+        """Called in the thread after each batch: how many rows were asked for in it, and the seconds it took."""
 
     @property
     def waiting(self) -> int:
@@ -86,7 +88,7 @@ class Batcher:
         fields: Sequence[str],
         deadline: float = math.inf,
         identity: Identity | None = None,
-    ) -> Future[Fields]:
+    ) -> Awaited:
         """Queues a request.
 
         Args:
@@ -131,8 +133,11 @@ class Batcher:
             self._warm_up()
             while batch := self._next():
                 started = time.monotonic()
+                for placed in batch:
+                    placed.piece.request.entered = min(placed.piece.request.entered, started)
                 self._answer(batch)
                 self._batch_seconds = time.monotonic() - started
+                self.ran(batch[-1].stop, self._batch_seconds)
         finally:
             torch.set_num_threads(before)
 
@@ -181,7 +186,7 @@ class Batcher:
         except Exception as error:
             # Whatever a user's model raises belongs to somebody's request; the thread goes on.
             if len(batch) == 1:
-                _log.error("teacher %s failed on one request: %r", self._served.name, error)
+                log_failure(f"teacher {self._served.name} failed on one request", error)
                 self._fail(batch[0].piece.request)
                 return
             half = len(batch) // 2
@@ -212,7 +217,7 @@ class Batcher:
                 request.finish()
         except Exception as error:
             # Out of memory while copying or joining: this request's trouble, not the thread's.
-            _log.error("an answer could not be put together: %r", error)
+            log_failure("an answer could not be put together", error)
             self._fail(request)
 
     def _fail(self, request: Request) -> None:

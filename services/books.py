@@ -7,7 +7,7 @@ import contextlib
 import sqlite3
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
@@ -17,10 +17,13 @@ from services.schemas import UsageReport
 from services.scribe import Scribe
 from services.settings import Settings
 from services.state_folder import StateFolder
+from services.timing import Spent
 from services.usage import SECOND, Ticket, Usage
 from services.usage_file import UsageFile
 
 T = TypeVar("T")
+UNROUTED = "(none)"
+"""Stands for every path that is not one of the service's."""
 
 
 @dataclass
@@ -38,6 +41,23 @@ class Visit:
     """That of the policy which refused it."""
     ticket: Ticket | None = None
     """Reserved, and not yet settled."""
+    method: str = ""
+    """`other` where it is not one of HTTP's own."""
+    status: int | None = None
+    """None until an answer begins to leave."""
+    bytes_in: int = 0
+    """Of the body, as much of it as was read."""
+    bytes_out: int = 0
+    cache_hits: int = 0
+    """Images that the cache answered."""
+    cache_misses: int = 0
+    """Images that it was asked for and did not have."""
+    spent: Spent = field(default_factory=Spent)
+
+    @property
+    def answered(self) -> bool:
+        """Whether it got what it asked for."""
+        return self.status is not None and self.status < 400
 
 
 class Unrecorded(Exception):  # noqa: N818 - told to the client as a problem
@@ -83,6 +103,11 @@ class Books:
         for scribe in self._scribes:
             scribe.stop()
         self._opened.close()
+
+    def wrote(self, tell: Callable[[str, float], None]) -> None:
+        """From now on tells, in the threads, which book was written and the seconds that it took."""
+        for scribe in self._scribes:
+            scribe.wrote = tell
 
     @property
     def now(self) -> datetime:

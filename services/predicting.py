@@ -31,7 +31,7 @@ from services.routes import service_of, teacher_of
 from services.schemas import Lookup, Predictions
 from services.settings import Settings
 from services.state import Service
-from services.status import Answer, Plan
+from services.status import Answer, Plan, Status
 from services.teachers import ServedTeacher
 from services.work import Expired, QueueFull, TeacherFailed
 
@@ -43,7 +43,7 @@ router = APIRouter()
 async def predict(name: str, request: Request, options: Annotated[PredictOptions, Query()]) -> Response:
     """One image, a safetensors body of many, or names of samples: to logits, probabilities, the top k, or features."""
     arrived = time.monotonic()
-    service = service_of(request)
+    service, visit = service_of(request), visit_of(request)
     served = teacher_of(request, service, name)
     media_type = media_type_of(request, named=served.library is not None)
     tensors = answers_tensors(request, media_type)
@@ -52,7 +52,8 @@ async def predict(name: str, request: Request, options: Annotated[PredictOptions
     if options.cache == "refresh" and service.kept is None:
         raise Problem(400, "cache", "refresh needs a journal", "refresh", "Ask without it: nothing is kept here.")
     deadline = deadline_of(request, arrived)
-    desk = Desk(served, service.batchers[name], service.kept, wanted, options.cache, options.strict, deadline)
+    batcher = service.batchers[name]
+    desk = Desk(served, batcher, service.kept, wanted, options.cache, options.strict, deadline, visit.spent)
     question = _Question(request, service, desk, media_type)
     try:
         async with asyncio.timeout(None if deadline == math.inf else deadline - time.monotonic()):
@@ -66,7 +67,12 @@ async def predict(name: str, request: Request, options: Annotated[PredictOptions
     except TeacherFailed:
         hint = "The images of other requests are not affected. Report the request_id."
         raise Problem(500, "teacher", "must answer these images", "it failed on them", hint) from None
-    return await asyncio.to_thread(respond, answer, served, wanted, question.resized, tensors)
+    looked = service.kept is not None or (served.library is not None and served.library.views > 0)
+    if looked and options.cache in ("prefer", "only"):
+        visit.cache_hits = sum(status in (Status.CACHED, Status.KEPT) for status in answer.status)
+        visit.cache_misses = len(answer.status) - visit.cache_hits
+    with visit.spent.on("encode"):
+        return await asyncio.to_thread(respond, answer, served, wanted, question.resized, tensors)
 
 
 @router.post("/v1/teachers/{name}/lookup")
@@ -101,7 +107,8 @@ class _Question:
 
     async def read(self) -> None:
         """The body; and whether this key may have an answer to it."""
-        data = await read_body(self._request, self._service.settings)
+        with self._desk.spent.on("body"):
+            data = await read_body(self._request, self._service.settings)
         if self._desk.use != "only":
             self._desk.batcher.require_room(1)
         if self._media_type == naming.MEDIA_TYPE:
@@ -112,7 +119,8 @@ class _Question:
     async def _read_named(self, data: bytes) -> None:
         settings, desk, library = self._service.settings, self._desk, self._desk.served.library
         assert library is not None, "its media type was taken"
-        named = await asyncio.to_thread(parse_named, data, settings.max_images)
+        with desk.spent.on("decode"):
+            named = await asyncio.to_thread(parse_named, data, settings.max_images)
         asked = Asked.predict(desk.served.name, desk.wanted, uploaded=False, dataset=library.dataset)
         await admit(self._request, self._service.books, asked, len(named.keys), partial(_name_digests, named))
         cached = desk.use in ("prefer", "only")
@@ -120,9 +128,10 @@ class _Question:
 
     async def _read_images(self, data: bytes) -> None:
         desk = self._desk
-        views_BCHW, self.resized = await asyncio.to_thread(
-            _views, data, self._service.settings, desk.served, self._media_type
-        )
+        with desk.spent.on("decode"):
+            views_BCHW, self.resized = await asyncio.to_thread(
+                _views, data, self._service.settings, desk.served, self._media_type
+            )
         asked = Asked.predict(desk.served.name, desk.wanted)
         digests = partial(image_digests, views_BCHW)
         await admit(self._request, self._service.books, asked, len(views_BCHW), digests)
@@ -133,7 +142,8 @@ class _Question:
         """Once it is read."""
         assert self._plan is not None, "it is read first"
         if self._reads:
-            plan = await self._service.read(self._desk.served.name, self._plan)
+            with self._desk.spent.on("cache"):
+                plan = await self._service.read(self._desk.served.name, self._plan)
         else:
             plan = await asyncio.to_thread(self._plan)
         return await self._desk.answer(plan)

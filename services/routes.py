@@ -69,4 +69,5 @@ def teacher_of(request: Request, service: Service, name: str) -> ServedTeacher:
     if name not in service.teachers:
         hint = f"Served here: {', '.join(service.teachers)}."
         raise Problem(404, "teacher", "must be one that is served here", name, hint)
+    visit_of(request).teacher = name
     return service.teachers[name]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -41,6 +42,8 @@ class Scribe:
         self._kept = kept
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self.wrote: Callable[[str, float], None] = lambda _name, _seconds: None
+        """Called in the thread after each commit that succeeded, with the seconds it took."""
 
     def start(self) -> None:
         """Starts the thread."""
@@ -98,8 +101,10 @@ class Scribe:
 
     def _commit(self, written: list[tuple[_Job, Any]], failure: Exception | None) -> None:
         if written and failure is None:
+            started = time.monotonic()
             try:
                 self._kept.commit()
+                self.wrote(self._thread.name, time.monotonic() - started)
             except Exception as error:
                 failure = error
         if failure is not None:
