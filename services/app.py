@@ -19,6 +19,7 @@ from services.admission import require
 from services.books import Books, Unrecorded, Visit
 from services.identity import OPEN_PATHS
 from services.metrics import Metrics
+from services.openapi import describe
 from services.policy import Asked
 from services.problems import Problem, install, internal, unrecorded
 from services.request_log import log_failure, log_visit
@@ -56,6 +57,7 @@ def create_app(teachers: Mapping[str, ServedTeacher], settings: Settings, books:
     app.include_router(routes.router)
     app.include_router(predicting.router)
     install(app)
+    describe(app, settings)
     app.state.metrics = Metrics(service)
     app.add_middleware(Gate, books=service.books, metrics=app.state.metrics)
     return app

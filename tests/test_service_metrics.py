@@ -61,18 +61,26 @@ def parts(answer: httpx.Response) -> dict[str, float]:
     return {one[1]: float(one[2]) for one in found if one is not None or pytest.fail("malformed")}
 
 
+def in_chunks(body: bytes) -> Iterator[bytes]:
+    """Slowly enough to arrive one by one."""
+    for place in range(0, len(body), 100):
+        yield body[place : place + 100]
+        time.sleep(0.005)
+
+
 def test_what_happened_is_counted() -> None:
     with observed(open_gate(ToyTeacher()), max_body_bytes=10_000) as (client, value, _):
         body = pack_images(views(3))
-        answers = [client.post(PREDICT, content=body, headers=TENSORS) for _ in range(2)]
+        answers = [client.post(PREDICT, content=sent, headers=TENSORS) for sent in (body, in_chunks(body))]
         client.post(f"{PREDICT}?k=1", content=body, headers=TENSORS)
+        client.post(f"{PREDICT}?fields=none", content=body, headers=TENSORS)
         client.post(PREDICT, content=bytes(10_001), headers=TENSORS)
         wait_until(lambda: value("requests_in_flight") == 0)
         asked = {"route": TEMPLATE, "method": "POST", "teacher": "toy"}
         assert value("requests_total", status="200", **asked) == 2
-        assert value("requests_total", status="400", **asked) == 1
+        assert value("requests_total", status="400", **asked) == 2
         assert value("requests_total", status="413", **asked) == 1
-        assert value("request_duration_seconds_count", route=TEMPLATE) == 4
+        assert value("request_duration_seconds_count", route=TEMPLATE) == 5
         assert value("images_total", teacher="toy") == 6
         assert value("batch_rows_sum", teacher="toy") == 6
         assert value("batch_rows_count", teacher="toy") == 2
@@ -121,6 +129,7 @@ def test_a_limit_that_refuses_is_counted_and_the_books_are_timed(tmp_path: Path)
         assert client.post(f"{PREDICT}?output=topk", content=body, headers=headers).status_code == 200
         assert client.post(f"{PREDICT}?output=topk", content=body, headers=headers).status_code == 429
         wait_until(lambda: value("requests_in_flight") == 0)
+        assert value("images_total", teacher="toy") == 2
         assert value("refusals_total", limit="outputs") == 1
         assert value("refusals_total", limit="images_per_day") == 1
         assert value("books_write_seconds_count", book="usage") == 1
