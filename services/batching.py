@@ -59,22 +59,32 @@ class Batcher:
         """Whether not even one image more would be taken."""
         return self._waiting >= self._most
 
+    @property
+    def dead(self) -> bool:
+        """Whether its thread has ended; it never begins again."""
+        return self._thread.ident is not None and not self._thread.is_alive()
+
     def start(self) -> None:
         """Starts the thread, which warms the model first."""
         self._thread.start()
 
     def stop(self) -> None:
         """Lets the batch in the model end, cancels what waits, and joins the thread."""
+        self._abandon([])
+        self._thread.join()
+
+    def _abandon(self, inside: list[Placed]) -> None:
+        """Cancels what waits and what is inside, and takes nothing more."""
         with self._changed:
             self._stopping = True
-            left = [waiter for piece in self._pieces for waiter in piece.request.waiters]
+            pieces = [*self._pieces, *(placed.piece for placed in inside)]
+            left = [waiter for piece in pieces for waiter in piece.request.waiters]
             self._pieces.clear()
             self._asked.clear()
             self._waiting = 0
             self._changed.notify()
         for waiter in left:
             waiter.answer.cancel()
-        self._thread.join()
 
     def require_room(self, images: int) -> None:
         """Raises `QueueFull` where so many images would not be taken now."""
@@ -129,6 +139,7 @@ class Batcher:
     def _run(self) -> None:
         before = torch.get_num_threads()
         torch.set_num_threads(self._served.threads)
+        batch: list[Placed] = []
         try:
             self._warm_up()
             while batch := self._next():
@@ -138,6 +149,10 @@ class Batcher:
                 self._answer(batch)
                 self._batch_seconds = time.monotonic() - started
                 self.ran(batch[-1].stop, self._batch_seconds)
+        except BaseException as error:
+            # A model that calls sys.exit(), or a defect here: nobody may wait for a thread that is no more.
+            log_failure(f"the thread of teacher {self._served.name} has died", error)
+            self._abandon(batch)
         finally:
             torch.set_num_threads(before)
 

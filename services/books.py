@@ -109,6 +109,14 @@ class Books:
         for scribe in self._scribes:
             scribe.wrote = tell
 
+    def troubles(self) -> list[str]:
+        """Why an answer could not be recorded just now."""
+        return [f"the {scribe.name} cannot be written" for scribe in self._scribes if scribe.failing]
+
+    def dead(self) -> list[str]:
+        """Which threads have ended."""
+        return [scribe.name for scribe in self._scribes if scribe.dead]
+
     @property
     def now(self) -> datetime:
         """The time that counts, in UTC."""

@@ -39,9 +39,15 @@ class Service:
     draining: bool = False
     """Set at SIGTERM: `readyz` turns 503 while requests are still answered."""
 
+    def dead(self) -> list[str]:
+        """What only a new process can mend; empty while it is alive."""
+        threads = [f"the thread of {name}" for name, batcher in self.batchers.items() if batcher.dead]
+        return threads + [f"the thread of the {book}" for book in self.books.dead()]
+
     def not_ready(self) -> list[str]:
         """Why no new traffic should be sent here; empty when ready."""
         reasons = ["draining"] if self.draining else []
+        reasons += [f"{what} has died" for what in self.dead()] + self.books.troubles()
         reasons += [f"{name} is not warm" for name, batcher in self.batchers.items() if not batcher.warm]
         reasons += [f"the cache of {name} cannot be read" for name in sorted(self.unreadable)]
         return reasons + [f"{name} has a full queue" for name, batcher in self.batchers.items() if batcher.full]
