@@ -19,9 +19,9 @@ import pytest
 import yaml
 from toy_service_models import colour_spec, views, wait_until
 
-from services.__main__ import _bind, main
+from services.__main__ import main
 from services.client import Prediction, TeacherClient
-from services.settings import Settings
+from services.server import LOOPBACK, bind
 
 TESTS = str(Path(__file__).parent)
 
@@ -119,7 +119,7 @@ def test_the_served_key_is_required(config: Path) -> None:
 
 
 def test_answers_are_not_held_back_by_nagle() -> None:
-    with _bind(Settings(port=0)) as listener:
+    with bind(LOOPBACK, 0) as listener:
         assert listener.proto == socket.IPPROTO_TCP  # asyncio sets TCP_NODELAY on such sockets only
 
 
@@ -146,7 +146,7 @@ def test_a_port_in_use_is_said_at_once(
         port = taken.getsockname()[1]
         line = refused(monkeypatch, capsys, str(config), "--port", str(port))
     assert line.startswith(f"error: --port: must be free on this machine (found: {port}). ")
-    assert "--port 0" in line
+    assert "0 takes a free one" in line
 
 
 @pytest.mark.parametrize(
