@@ -80,7 +80,7 @@ class Admin:
         app.add_middleware(LocalOnly)
         return app
 
-    def _require_owner(self, request: Request) -> StateFolder:
+    def _require_owner(self, request: Request) -> None:
         if self._folder is None:
             hint = "Serve with --state FOLDER; to end a server without one, send it SIGTERM."
             raise Problem(403, "state", "is needed to know who may change something", "none", hint)
@@ -89,6 +89,10 @@ class Admin:
             hint = "Send `Authorization: Bearer <token>`; it is in the state folder, and a new one at each start."
             headers = {"WWW-Authenticate": "Bearer"}
             raise Problem(401, "Authorization", "must carry the token of admin.token", "(hidden)", hint, headers)
+
+    @property
+    def _owned(self) -> StateFolder:
+        assert self._folder is not None, "only its owner comes this far"
         return self._folder
 
     def _text(self, request: Request) -> Response:
@@ -112,17 +116,16 @@ class Admin:
         return {"status": "draining"}
 
     # Plain functions: they wait for locks and disks, and so run in threads.
-    def _list(self, request: Request) -> list[dict[str, Any]]:
-        return keys.listed(self._require_owner(request), datetime.now(UTC))
+    def _list(self) -> list[dict[str, Any]]:
+        return keys.listed(self._owned, datetime.now(UTC))
 
-    def _add(self, request: Request, new: NewKey) -> JSONResponse:
-        folder, policy = self._require_owner(request), parse(Policy, new.policy, "the policy")
-        key = keys.add(folder, new.name, policy)
+    def _add(self, new: NewKey) -> JSONResponse:
+        key = keys.add(self._owned, new.name, parse(Policy, new.policy, "the policy"))
         _log.info("key %s was added at the admin port", new.name)
         return JSONResponse({"name": new.name, "key": key}, 201, {"Cache-Control": "no-store"})
 
-    def _revoke(self, request: Request, name: str) -> dict[str, Any]:
-        revoked = keys.revoke(self._require_owner(request), name)
+    def _revoke(self, name: str) -> dict[str, Any]:
+        revoked = keys.revoke(self._owned, name)
         _log.info("key %s was revoked at the admin port", name)
         return {"name": name, "revoked": revoked}
 

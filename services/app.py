@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from services import predicting, routes
 from services.admission import require
-from services.books import Books, Unrecorded, Visit
+from services.books import Books, Unrecorded
 from services.identity import OPEN_PATHS
 from services.metrics import Metrics
 from services.openapi import describe
@@ -26,6 +26,7 @@ from services.request_log import log_failure, log_visit
 from services.settings import Settings
 from services.state import make_service
 from services.teachers import ServedTeacher
+from services.visit import Visit
 
 _log = logging.getLogger("services")
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT"})

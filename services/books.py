@@ -7,7 +7,6 @@ import contextlib
 import sqlite3
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
@@ -17,47 +16,11 @@ from services.schemas import UsageReport
 from services.scribe import Scribe
 from services.settings import Settings
 from services.state_folder import StateFolder
-from services.timing import Spent
 from services.usage import SECOND, Ticket, Usage
 from services.usage_file import UsageFile
+from services.visit import Visit
 
 T = TypeVar("T")
-UNROUTED = "(none)"
-"""Stands for every path that is not one of the service's."""
-
-
-@dataclass
-class Visit:
-    """One request, as the books see it. No text in it was chosen by a stranger, but for a well-formed request id."""
-
-    request_id: str
-    caller: Caller | None = None
-    """None before the key is known, and at the probes."""
-    route: str | None = None
-    teacher: str | None = None
-    images: int = 0
-    outputs: tuple[str, ...] = ()
-    limit: str | None = None
-    """That of the policy which refused it."""
-    ticket: Ticket | None = None
-    """Reserved, and not yet settled."""
-    method: str = ""
-    """`other` where it is not one of HTTP's own."""
-    status: int | None = None
-    """None until an answer begins to leave."""
-    bytes_in: int = 0
-    """Of the body, as much of it as was read."""
-    bytes_out: int = 0
-    cache_hits: int = 0
-    """Images that the cache answered."""
-    cache_misses: int = 0
-    """Images that it was asked for and did not have."""
-    spent: Spent = field(default_factory=Spent)
-
-    @property
-    def answered(self) -> bool:
-        """Whether it got what it asked for."""
-        return self.status is not None and self.status < 400
 
 
 class Unrecorded(Exception):  # noqa: N818 - told to the client as a problem

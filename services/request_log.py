@@ -7,8 +7,8 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from services.books import UNROUTED, Visit
 from services.identity import OPEN_PATHS
+from services.visit import UNROUTED, Visit
 
 _log, _defects = logging.getLogger("services.requests"), logging.getLogger("services")
 

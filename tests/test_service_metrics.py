@@ -21,11 +21,11 @@ from toy_service_models import ToyTeacher, open_gate, picture, running, toy_serv
 
 from services import keys
 from services.app import create_app
-from services.books import Visit
 from services.policy import Policy
 from services.settings import Settings
 from services.state_folder import StateFolder
 from services.timing import PARTS, Spent
+from services.visit import Visit
 from services.wire import pack_images
 
 PREDICT = "/v1/teachers/toy/predict"
