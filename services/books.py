@@ -67,18 +67,10 @@ class Books:
             scribe.stop()
         self._opened.close()
 
-    def wrote(self, tell: Callable[[str, float], None]) -> None:
-        """From now on tells, in the threads, which book was written and the seconds that it took."""
-        for scribe in self._scribes:
-            scribe.wrote = tell
-
-    def troubles(self) -> list[str]:
-        """Why an answer could not be recorded just now."""
-        return [f"the {scribe.name} cannot be written" for scribe in self._scribes if scribe.failing]
-
-    def dead(self) -> list[str]:
-        """Which threads have ended."""
-        return [scribe.name for scribe in self._scribes if scribe.dead]
+    @property
+    def scribes(self) -> tuple[Scribe, ...]:
+        """Who writes."""
+        return tuple(self._scribes)
 
     @property
     def now(self) -> datetime:

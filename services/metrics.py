@@ -28,7 +28,7 @@ class Metrics:
         self._parts = self._seconds("request_part", "What the time of a request was spent on.", "part")
         self._queue_wait = self._seconds("queue_wait", "Until a request's first image was in the model.", "teacher")
         self._batch = self._seconds("batch_duration", "One batch, from the queue to its requests.", "teacher")
-        self._wrote = self._seconds("books_write", "One commit of the usage or the audit, to the disk.", "book")
+        self._wrote = self._seconds("books_write", "One commit of usage, audit or journal, to the disk.", "book")
         self._rows = self._histogram("batch_rows", "Images in a batch, without what fills it up.", "teacher", _ROWS)
         self._images = self._counter("images", "Images that were answered.", ("teacher",))
         self._cache = self._counter("cache_answers", "Images that were looked up first.", ("teacher", "result"))
@@ -74,7 +74,8 @@ class Metrics:
             teachers.labels(name, service.teachers[name].digest).set(1)
             waiting.labels(name).set_function(partial(getattr, batcher, "waiting"))
             batcher.ran = partial(self._ran, name)
-        service.books.wrote(lambda book, seconds: self._wrote.labels(book).observe(seconds))
+        for scribe in service.scribes:
+            scribe.wrote = lambda book, seconds: self._wrote.labels(book).observe(seconds)
         self._gauge("draining", "1 on the way out.", ()).set_function(lambda: service.draining)
         self._gauge("ready", "1 while new requests should be sent here.", ()).set_function(
             lambda: not service.not_ready()

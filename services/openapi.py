@@ -6,12 +6,13 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from services import images, problems, wire
+from services import images, naming, problems, wire
 from services.headers import MILLISECONDS
 from services.identity import OPEN_PATHS
+from services.naming import Named
 from services.settings import Settings
 
-_PREDICT = "/v1/teachers/{name}/predict"
+_PREDICT, _LOOKUP = "/v1/teachers/{name}/predict", "/v1/teachers/{name}/lookup"
 _BINARY = {"type": "string", "format": "binary"}
 _TEXT = {"type": "string"}
 _PROBLEM: dict[str, Any] = {
@@ -34,14 +35,14 @@ _PROBLEMS = {
     "400": "An option or a header is malformed, unknown or without effect.",
     "401": "There is no key, or not one of this server's.",
     "403": "The key may not have it: `field` names the limit.",
-    "404": "No such teacher.",
+    "404": "No such teacher, or no answer to any item where `status` would say so.",
     "408": "The body did not arrive in time.",
     "412": "The teacher is not the one that If-Match names.",
     "413": "Too many bytes, images or pixels.",
     "415": "The body is of a kind that is not taken.",
     "422": "The body is not what its kind says.",
     "429": "Your budget has no room; Retry-After says when it will have.",
-    "500": "The teacher failed on these images.",
+    "500": "The teacher failed on these images, or its cache is not what was built.",
     "503": "We have no room, are not ready, or are on the way out.",
     "504": "The deadline passed.",
 }
@@ -70,7 +71,7 @@ def _complete(document: dict[str, Any], *, closed: bool) -> None:
     components = document["components"]
     for name in ("HTTPValidationError", "ValidationError"):
         components["schemas"].pop(name, None)
-    components["schemas"]["Problem"] = _PROBLEM
+    components["schemas"] |= {"Problem": _PROBLEM, "Named": Named.model_json_schema()}
     if closed:
         components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         document["security"] = [{"key": []}]
@@ -89,10 +90,13 @@ def _complete_operation(path: str, operation: dict[str, Any], closed: bool) -> N
     if path == "/v1/teachers/{name}":
         headers["If-None-Match"] = "digests that are known; 304 where it is one of them"
         operation["responses"]["304"] = {"description": "The card is the one that is known."}
-    if path == _PREDICT:
+    if path in (_PREDICT, _LOOKUP):
         found |= set(_PROBLEMS) - {"401", "403"}
         headers["If-Match"] = "the digest that the teacher must have"
-        operation["requestBody"] = {"required": True, "content": _content(wire.MEDIA_TYPE, *images.FORMATS)}
+        content = {naming.MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Named"}}}
+        operation["requestBody"] = {"required": True, "content": content}
+    if path == _PREDICT:
+        operation["requestBody"]["content"] |= _content(wire.MEDIA_TYPE, *images.FORMATS)
         operation["responses"]["200"]["content"] |= _content(wire.MEDIA_TYPE)
     parameters = operation.setdefault("parameters", [])
     parameters += [_header(name, text, _TEXT) for name, text in headers.items()]

@@ -13,6 +13,7 @@ from services.batching import Batcher
 from services.books import Books
 from services.kept_answers import KeptAnswers
 from services.problems import Problem
+from services.scribe import Scribe
 from services.settings import Settings
 from services.teachers import ServedTeacher
 from teacher_cache.errors import SpecError, TeacherCacheError
@@ -42,12 +43,18 @@ class Service:
     def dead(self) -> list[str]:
         """What only a new process can mend; empty while it is alive."""
         threads = [f"the thread of {name}" for name, batcher in self.batchers.items() if batcher.dead]
-        return threads + [f"the thread of the {book}" for book in self.books.dead()]
+        return threads + [f"the thread of the {scribe.name}" for scribe in self.scribes if scribe.dead]
+
+    @property
+    def scribes(self) -> tuple[Scribe, ...]:
+        """Who writes what must be on the disk before an answer leaves."""
+        return self.books.scribes if self.kept is None else (*self.books.scribes, self.kept.scribe)
 
     def not_ready(self) -> list[str]:
         """Why no new traffic should be sent here; empty when ready."""
         reasons = ["draining"] if self.draining else []
-        reasons += [f"{what} has died" for what in self.dead()] + self.books.troubles()
+        reasons += [f"{what} has died" for what in self.dead()]
+        reasons += [f"the {scribe.name} cannot be written" for scribe in self.scribes if scribe.failing]
         reasons += [f"{name} is not warm" for name, batcher in self.batchers.items() if not batcher.warm]
         reasons += [f"the cache of {name} cannot be read" for name in sorted(self.unreadable)]
         return reasons + [f"{name} has a full queue" for name, batcher in self.batchers.items() if batcher.full]

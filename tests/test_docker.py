@@ -106,7 +106,7 @@ def test_the_command_of_the_service_is_taken(monkeypatch: pytest.MonkeyPatch, tm
     """Up to the loading of the teacher, with free ports in the place of the container's own."""
     found: list[BuildSpec] = []
 
-    def reached(spec: BuildSpec) -> None:
+    def reached(spec: BuildSpec, **_given: object) -> None:
         found.append(spec)
         raise Reached
 

@@ -17,9 +17,9 @@ from services import keys, scribe
 from services.app import create_app
 from services.audit import Audit
 from services.batching import Batcher
-from services.books import Books
 from services.policy import Policy
 from services.settings import Settings
+from services.state import make_service
 from services.state_folder import StateFolder
 from services.wire import pack_images
 
@@ -129,10 +129,13 @@ def test_books_that_cannot_be_written_show_and_are_tried_again_later(
 
 
 def test_a_dead_scribe_is_no_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    books = Books(Settings(state=tmp_path / "state", api_key="some-key"))  # type: ignore[arg-type]
-    assert books.dead() == []
-    books.start()
-    assert books.dead() == []
-    books._scribes[1].stop()
-    assert books.dead() == ["audit"]
-    books.close()
+    settings = Settings(state=tmp_path / "state", api_key="some-key", journal=tmp_path / "journal")  # type: ignore[arg-type]
+    service = make_service({"toy": toy_served(open_gate(ToyTeacher()))}, settings)
+    assert service.dead() == []
+    service.start()
+    assert service.dead() == []
+    for number, name in enumerate(("usage", "audit", "journal")):
+        service.scribes[number].stop()
+        assert service.dead()[number:] == [f"the thread of the {name}"]
+        assert f"the thread of the {name} has died" in service.not_ready()
+    service.stop()

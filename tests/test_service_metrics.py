@@ -17,16 +17,17 @@ from hypothesis import strategies as st
 from prometheus_client.metrics_core import Metric
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families
-from toy_service_models import ToyTeacher, open_gate, picture, running, toy_served, views, wait_until
+from toy_service_models import ToyTeacher, colour_spec, open_gate, picture, running, toy_served, views, wait_until
 
 from services import keys
 from services.app import create_app
 from services.policy import Policy
 from services.settings import Settings
 from services.state_folder import StateFolder
+from services.teachers import open_served
 from services.timing import PARTS, Spent
-from services.visit import Visit
 from services.wire import pack_images
+from teacher_cache.build import build
 
 PREDICT = "/v1/teachers/toy/predict"
 TEMPLATE = "/v1/teachers/{name}/predict"
@@ -139,12 +140,23 @@ def test_a_limit_that_refuses_is_counted_and_the_books_are_timed(tmp_path: Path)
         assert key not in text
 
 
-def test_what_the_cache_answered_is_counted() -> None:
-    with observed(open_gate(ToyTeacher())) as (_, value, app):
-        visit = Visit("1", teacher="toy", cache_hits=3, cache_misses=2)
-        app.state.metrics.answered(visit)
-        assert value("cache_answers_total", teacher="toy", result="hit") == 3
-        assert value("cache_answers_total", teacher="toy", result="miss") == 2
+def test_what_the_cache_answered_is_counted(tmp_path: Path) -> None:
+    spec = colour_spec(tmp_path, "cache")
+    build(spec, "serial")
+    app = create_app({"colour": open_served(spec)}, Settings())
+
+    def count(result: str) -> float:
+        asked = {"teacher": "colour", "result": result}
+        return app.state.metrics.registry.get_sample_value("teacher_serve_cache_answers_total", asked) or 0.0
+
+    with running(app) as url, httpx.Client(base_url=f"{url}/v1/teachers/colour", timeout=20) as client:
+        answer = client.post("/predict", json={"keys": ["images/0", "images/1", "none"], "views": 1})
+        assert answer.json()["status"] == ["cached", "cached", "unknown"]
+        assert "cache" in parts(answer)
+        client.post("/predict?cache=bypass", json={"keys": ["images/0"]})
+        client.post("/predict", content=picture("PNG"), headers={"Content-Type": "image/png"})
+        wait_until(lambda: count("hit") + count("miss") == 4)
+        assert (count("hit"), count("miss")) == (2, 2)
 
 
 def test_names_units_and_types_are_conventional() -> None:

@@ -20,7 +20,7 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
     unsupported_method,
 )
-from toy_service_models import ToyTeacher, open_gate, picture, running, toy_served, views, wait_until
+from toy_service_models import ToyTeacher, colour_spec, picture, running, toy_served, views, wait_until
 
 from services import keys
 from services.app import create_app
@@ -28,7 +28,9 @@ from services.images import FORMATS
 from services.policy import Policy
 from services.settings import Settings
 from services.state_folder import StateFolder
+from services.teachers import open_served
 from services.wire import MEDIA_TYPE, pack_images
+from teacher_cache.build import build
 
 
 def not_our_fault(context: Any, response: Any, case: Any) -> bool | None:
@@ -60,7 +62,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str,
     folder = StateFolder(tmp_path_factory.mktemp("openapi") / "state")
     key = keys.add(folder, "alice", Policy())
     limits = {"max_body_bytes": 10_000, "max_images": 20, "max_pixels": 5_000}
-    app = create_app({"toy": toy_served(open_gate(ToyTeacher()))}, Settings(state=folder.path, **limits))
+    spec = colour_spec(folder.path / "colour", "cache")
+    build(spec, "serial")
+    app = create_app({"colour": open_served(spec)}, Settings(state=folder.path, **limits))
     with running(app) as url:
         wait_until(lambda: httpx.get(f"{url}/readyz").status_code == 200)
         yield url, key, app
@@ -89,6 +93,7 @@ OPERATIONS = [
     "GET /v1/teachers",
     "GET /v1/teachers/{name}",
     "GET /v1/usage",
+    "POST /v1/teachers/{name}/lookup",
     "POST /v1/teachers/{name}/predict",
 ]
 
@@ -116,13 +121,13 @@ def test_no_request_makes_it_fail_and_every_answer_is_as_described(
         case = data.draw(operation.as_strategy(generation_mode=mode))
         if "name" in case.path_parameters and data.draw(st.integers(0, 5)):
             # The document does not say who is served, because a key may know of some teachers only.
-            case.path_parameters["name"] = "toy"
+            case.path_parameters["name"] = "colour"
         checks = CHECKS if mode is POSITIVE else [*CHECKS, refused]
         case.call_and_validate(checks=checks, headers={"Authorization": f"Bearer {key}"})
 
     tried()
     assert httpx.get(f"{server[0]}/readyz").status_code == 200
-    assert app.state.service.batchers["toy"].waiting == 0
+    assert app.state.service.batchers["colour"].waiting == 0
 
 
 def test_the_document_says_who_may_come_in_what_is_taken_and_how_refusals_look(server: tuple[str, str, Any]) -> None:
@@ -132,7 +137,9 @@ def test_the_document_says_who_may_come_in_what_is_taken_and_how_refusals_look(s
     assert found["components"]["securitySchemes"]["key"] == {"type": "http", "scheme": "bearer"}
     assert found["paths"]["/livez"]["get"]["security"] == []
     predict = found["paths"]["/v1/teachers/{name}/predict"]["post"]
-    assert set(predict["requestBody"]["content"]) == {MEDIA_TYPE, *FORMATS}
+    assert set(predict["requestBody"]["content"]) == {"application/json", MEDIA_TYPE, *FORMATS}
+    lookup = found["paths"]["/v1/teachers/{name}/lookup"]["post"]
+    assert set(lookup["requestBody"]["content"]) == {"application/json"}
     assert set(predict["responses"]["200"]["content"]) == {MEDIA_TYPE, "application/json"}
     assert {"401", "403", "412", "429", "504"} <= set(predict["responses"])
     for path, operations in found["paths"].items():
@@ -140,7 +147,7 @@ def test_the_document_says_who_may_come_in_what_is_taken_and_how_refusals_look(s
             for status, response in operation["responses"].items():
                 assert int(status) < 400 or set(response["content"]) == {"application/problem+json"}, path
     assert found == app.openapi()
-    assert "toy" not in str(found["paths"])
+    assert "colour" not in str(found["paths"])
 
 
 def test_a_service_without_keys_says_so() -> None:
