@@ -14,10 +14,9 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from services import predicting, routes
+from services import page, predicting, routes
 from services.admission import require
 from services.books import Books, Unrecorded
-from services.identity import OPEN_PATHS
 from services.metrics import Metrics
 from services.openapi import describe
 from services.policy import Asked
@@ -57,6 +56,8 @@ def create_app(teachers: Mapping[str, ServedTeacher], settings: Settings, books:
     app.state.service = service
     app.include_router(routes.router)
     app.include_router(predicting.router)
+    if settings.page:
+        app.include_router(page.router())
     install(app)
     describe(app, settings)
     app.state.metrics = Metrics(service)
@@ -139,7 +140,7 @@ class _Door:
 
     async def send(self, message: Message) -> None:
         """ASGI's `send`, once the books are written."""
-        if message["type"] == "http.response.start" and self._scope["path"] not in OPEN_PATHS:
+        if message["type"] == "http.response.start" and self._scope["path"] not in self._books.doorkeeper.open_paths:
             self.note_route()
             with self.visit.spent.on("record"):
                 await self._books.record(self.visit, message["status"])

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from services.load import Load
 from services.request_log import log_failure
 from services.teachers import ServedTeacher
 from services.work import Awaited, Fields, Identity, Piece, Placed, QueueFull, Request, TeacherFailed
@@ -48,6 +49,8 @@ class Batcher:
         """Whether a first, empty batch has gone through the model."""
         self.ran: Callable[[int, float], None] = lambda _rows, _seconds: None
         """Called in the thread after each batch: how many rows were asked for in it, and the seconds it took."""
+        self.load = Load()
+        """What the batches of the last seconds held."""
 
     @property
     def waiting(self) -> int:
@@ -148,6 +151,7 @@ class Batcher:
                     placed.piece.request.entered = min(placed.piece.request.entered, started)
                 self._answer(batch)
                 self._batch_seconds = time.monotonic() - started
+                self.load.add(batch[-1].stop)
                 self.ran(batch[-1].stop, self._batch_seconds)
         except BaseException as error:
             # A model that calls sys.exit(), or a defect here: nobody may wait for a thread that is no more.

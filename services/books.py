@@ -105,7 +105,7 @@ class Books:
                 await self._usage_does(lambda: self._usage.settle(ticket), durable=True)
                 visit.ticket = None
             self.release(visit)
-            if self._audit is not None:
+            if self._audit is not None and (visit.listed or status >= 400):
                 facts, append = _facts(visit, status, self.now), self._audit.append
                 await asyncio.wrap_future(self._scribes[1].submit(lambda: append(facts), durable=True))
         except (OSError, sqlite3.Error) as error:

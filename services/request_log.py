@@ -19,8 +19,9 @@ def log_visit(visit: Visit) -> None:
     What a stranger chose is not among the facts: the route is its template, the method one of the known ones, the
     teacher one that is served, the key its name, and the request id well-formed.
     """
-    # Whoever watches a server asks its probes every second: a good answer is not worth a line each time.
-    level = logging.DEBUG if visit.route in OPEN_PATHS and visit.answered else logging.INFO
+    # Whoever watches a server asks its probes and its load every second: a good answer is not worth a line each time.
+    watches = visit.route in OPEN_PATHS or not visit.listed
+    level = logging.DEBUG if watches and visit.answered else logging.INFO
     if not _log.isEnabledFor(level):
         return
     parts = " ".join(f"{part}={seconds * 1000:.1f}" for part, seconds in visit.spent.parts.items())

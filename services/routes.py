@@ -7,9 +7,10 @@ from fastapi.responses import JSONResponse
 
 from services.admission import caller_of, require, visit_of
 from services.headers import names_digest
-from services.policy import Asked
+from services.load import SECONDS
+from services.policy import Asked, Policy
 from services.problems import Problem
-from services.schemas import Probe, TeacherCard, TeacherList, UsageReport
+from services.schemas import LoadReport, Probe, TeacherCard, TeacherList, TeacherLoad, UsageReport
 from services.state import Service
 from services.teachers import ServedTeacher
 
@@ -39,14 +40,22 @@ async def readyz(request: Request) -> Probe:
 async def teachers(request: Request) -> TeacherList:
     """The cards of all teachers that this key may ask."""
     service, policy = service_of(request), caller_of(request).policy
-    allowed = [one for one in service.teachers.values() if policy.teachers is None or one.name in policy.teachers]
-    return TeacherList(teachers=tuple(one.card(service.settings, policy) for one in allowed))
+    return TeacherList(teachers=tuple(one.card(service.settings, policy) for one in _allowed(service, policy)))
 
 
 @router.get("/v1/usage")
 async def usage(request: Request) -> UsageReport:
     """What this key has used, and what is left of its budgets."""
     return await service_of(request).books.report(caller_of(request))
+
+
+@router.get("/v1/load")
+async def load(request: Request) -> LoadReport:
+    """How busy the teachers are that this key may ask; made to be asked for each second."""
+    visit_of(request).listed = False
+    service, policy = service_of(request), caller_of(request).policy
+    found = tuple(_load(service, served) for served in _allowed(service, policy))
+    return LoadReport(seconds=SECONDS, draining=service.draining, teachers=found)
 
 
 @router.get("/v1/teachers/{name}", response_model=TeacherCard)
@@ -65,6 +74,22 @@ async def card(name: str, request: Request) -> Response:
 def service_of(request: Request) -> Service:
     service: Service = request.app.state.service
     return service
+
+
+def _allowed(service: Service, policy: Policy) -> list[ServedTeacher]:
+    return [one for one in service.teachers.values() if policy.teachers is None or one.name in policy.teachers]
+
+
+def _load(service: Service, served: ServedTeacher) -> TeacherLoad:
+    batcher = service.batchers[served.name]
+    pace = batcher.load.pace()
+    return TeacherLoad(
+        name=served.name,
+        images_waiting=batcher.waiting,
+        queue_images=service.settings.queue_images,
+        images_per_second=pace.images_per_second,
+        batch_fill=pace.fill(served.micro_batch),
+    )
 
 
 def teacher_of(request: Request, service: Service, name: str) -> ServedTeacher:

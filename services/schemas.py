@@ -147,6 +147,27 @@ class Lookup(Body):
     """For each key `cached`, `computable`, `unknown`, `broken` or `differs`."""
 
 
+class TeacherLoad(Body):
+    """How busy one teacher is, whoever asks it."""
+
+    name: str
+    images_waiting: int
+    queue_images: int
+    """How many may wait."""
+    images_per_second: float
+    batch_fill: float | None
+    """Mean share of a batch's rows that were images; None where no batch has run."""
+
+
+class LoadReport(Body):
+    """`GET /v1/load`: of the teachers that this key may ask, now and over the last `seconds`."""
+
+    seconds: int
+    draining: bool
+    """Whether the server is on its way out."""
+    teachers: tuple[TeacherLoad, ...]
+
+
 class Predictions(Body):
     """A JSON answer; a number that is not finite is null, and so is a whole row without an answer."""
 

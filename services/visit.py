@@ -27,6 +27,8 @@ class Visit:
     """That of the policy which refused it."""
     ticket: Ticket | None = None
     """Reserved, and not yet settled."""
+    listed: bool = True
+    """Whether its answer has a line in the audit; a refusal always has."""
     method: str = ""
     """`other` where it is not one of HTTP's own."""
     status: int | None = None

@@ -113,6 +113,7 @@ def test_good_probes_are_not_worth_a_line_and_bad_ones_are(stream: io.StringIO) 
         wait_until(lambda: httpx.get(f"{url}/readyz").status_code == 200)
         before = len(stream.getvalue().splitlines())
         httpx.get(f"{url}/livez")
+        assert httpx.get(f"{url}/v1/load").status_code == 200
         app.state.service.draining = True
         httpx.get(f"{url}/readyz")
         wait_until(lambda: len(stream.getvalue().splitlines()) > before)

@@ -90,6 +90,7 @@ def operations(document: Any) -> dict[str, Any]:
 OPERATIONS = [
     "GET /livez",
     "GET /readyz",
+    "GET /v1/load",
     "GET /v1/teachers",
     "GET /v1/teachers/{name}",
     "GET /v1/usage",
