@@ -10,5 +10,6 @@ line). `routes` are the other paths. `adopting` is a build that takes over what 
 
 Who asks: `keys` (the file) and `identity` (the door), `policy` (what a key may ask), `usage` and `usage_file` (what it
 has spent), `audit*` (what became of it), all of them opened by `books` in one `state_folder`, and each written by a
-`scribe`, so that the event loop never waits for a disk. `commands` is for whoever runs the server.
+`scribe`, so that the event loop never waits for a disk. What is known of a request is its `visit`, from which `metrics`
+and `request_log` are made. `commands` is for whoever runs the server, `server` its process, `admin` the port beside.
 """

@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
-import signal
-import socket
-import threading
+import sys
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Any, NoReturn
 
 import typer
-import uvicorn
 import yaml
 from typer.core import TyperGroup
 
 from services.app import create_app
 from services.books import Books
 from services.commands import audit, keys
+from services.logs import Level, logging_to
 from services.predict_command import predict
+from services.server import LOOPBACK, bind, run
 from services.settings import Settings
-from services.state import Service
 from services.teachers import open_served
 from services.transport import KEY_VARIABLE
 from teacher_cache import console
@@ -31,7 +27,6 @@ from teacher_cache.errors import SpecError
 from teacher_cache.spec import load_spec, parse
 
 _SERVICE = "service."
-_DRAIN_LIMIT = 30
 
 
 class _ServeUnlessSaid(TyperGroup):
@@ -41,31 +36,6 @@ class _ServeUnlessSaid(TyperGroup):
         """As click does it, with the command filled in."""
         named = bool(args) and (args[0] in self.commands or args[0] == "--help")
         return super().parse_args(ctx, args if named else ["serve", *args])
-
-
-class _Server(uvicorn.Server):
-    """At the first signal `readyz` turns 503 and requests are still taken for a while; then they are finished.
-
-    A load balancer thus has time to look away before the door closes. A second signal closes it at once.
-    """
-
-    def __init__(self, config: uvicorn.Config, service: Service) -> None:
-        super().__init__(config)
-        self._service = service
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Called in the main thread; not passed on, so that a drained server exits with 0."""
-        if self._service.draining:
-            self.force_exit = self.should_exit and sig == signal.SIGINT
-            self.should_exit = True
-            return
-        self._service.draining = True
-        timer = threading.Timer(self._service.settings.drain_seconds, self._close)
-        timer.daemon = True
-        timer.start()
-
-    def _close(self) -> None:
-        self.should_exit = True
 
 
 def serve(
@@ -81,6 +51,7 @@ def serve(
         typer.Option(help="Folder of keys, usage and audit (`teacher-serve keys`); nobody comes in without one."),
     ] = None,
     name: Annotated[str | None, typer.Option(help="Last part of the URL; default: teacher.name.")] = None,
+    log_level: Annotated[Level, typer.Option(help="Of the JSON lines (text at a terminal) on stderr.")] = Level.INFO,
 ) -> None:
     """Serves a teacher's answers over HTTP, without its weights.
 
@@ -91,21 +62,21 @@ def serve(
     ours = [item for item in given if not item.startswith(_SERVICE)]
     named = [] if name is None else [f"teacher.name={json.dumps(name)}"]
     spec = load_spec(config, [*ours, *named])
-    with _bind(settings) as listener, contextlib.closing(Books(settings)) as books:
+    with contextlib.ExitStack() as opened:
+        opened.enter_context(logging_to(sys.stderr, log_level))
+        listener = opened.enter_context(bind(host, port))
+        admin = None
+        if settings.admin_port is not None:
+            admin = opened.enter_context(bind(LOOPBACK, settings.admin_port, "service.admin_port"))
+        books = opened.enter_context(contextlib.closing(Books(settings)))
         served = open_served(spec, from_cache=settings.from_cache)
         app = create_app({served.name: served}, settings, books)
         address = f"[{host}]" if ":" in host else host
         url = f"http://{address}:{listener.getsockname()[1]}/{served.name}"
         print(f"serving {served.name}, digest {served.digest}, at {url}", flush=True)
-        server = uvicorn.Config(
-            app,
-            log_level="warning",
-            access_log=False,
-            server_header=False,
-            ws="none",
-            timeout_graceful_shutdown=_DRAIN_LIMIT,
-        )
-        _Server(server, app.state.service).run(sockets=[listener])
+        if admin is not None:
+            print(f"admin at http://{LOOPBACK}:{admin.getsockname()[1]}", flush=True)
+        run(app, listener, admin)
 
 
 def _settings(overrides: list[str], host: str, port: int, state: Path | None) -> Settings:
@@ -123,31 +94,6 @@ def _settings(overrides: list[str], host: str, port: int, state: Path | None) ->
         given[name] = yaml.safe_load(value)
     given |= {"host": host, "port": port, "state": state, "api_key": os.environ.get(KEY_VARIABLE)}
     return parse(Settings, given, "the command line")
-
-
-def _bind(settings: Settings) -> socket.socket:
-    """Takes the port before the teacher is loaded: a taken one should not cost a minute.
-
-    Raises:
-        SpecError: the port is in use or not allowed, or the address is not one of this machine.
-    """
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    # asyncio turns Nagle's algorithm off only where the protocol is named; with it, each answer waits 40 ms.
-    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((settings.host, settings.port))
-    except OSError as error:
-        listener.close()
-        if error.errno == errno.EADDRINUSE:
-            hint = "Stop what listens there, or choose another port; --port 0 takes a free one."
-            raise SpecError("--port", "must be free on this machine", settings.port, hint) from None
-        if error.errno == errno.EACCES:
-            hint = "Choose one above 1023."
-            raise SpecError("--port", "must be allowed to this user", settings.port, hint) from None
-        hint = "Use 127.0.0.1, or an address of this machine."
-        raise SpecError("--host", f"cannot be bound: {error.strerror}", settings.host, hint) from None
-    return listener
 
 
 def main() -> NoReturn:

@@ -9,11 +9,12 @@ from collections.abc import Callable
 from fastapi import Request
 from torch import Tensor
 
-from services.books import Books, Visit
+from services.books import Books
 from services.identity import Caller
 from services.policy import Asked, require_allowed
 from services.problems import Problem
 from services.usage import OverBudget, Ticket
+from services.visit import Visit
 
 
 def visit_of(request: Request) -> Visit:

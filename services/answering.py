@@ -6,7 +6,7 @@ import asyncio
 import math
 from collections.abc import Awaitable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
 from typing import Any, TypeVar
@@ -24,6 +24,7 @@ from services.salvage import Salvage
 from services.schemas import CacheUse
 from services.status import Answer, Part, Plan, Question, Status, assembled
 from services.teachers import ServedTeacher
+from services.timing import Spent
 from services.work import Fields, TeacherFailed
 from teacher_cache.errors import TeacherCacheError
 
@@ -42,6 +43,8 @@ class Desk:
     strict: bool
     """Whether one item without an answer leaves the others without one, too."""
     deadline: float = math.inf
+    spent: Spent = field(default_factory=Spent)
+    """Where the time in the queue and the model is counted."""
 
     def require_room(self) -> None:
         """Raises `QueueFull` where not even one image would be taken, and the model has to be asked."""
@@ -121,7 +124,10 @@ class Desk:
             raise _no_journal("must take an answer before it leaves", "it cannot be written") from None
 
     async def _compute(self, images_BCHW: Tensor, identity: bytes | None) -> Fields:
-        return await unless_stopped(self.batcher.submit(images_BCHW, self.wanted.fields, self.deadline, identity))
+        asked = self.batcher.submit(images_BCHW, self.wanted.fields, self.deadline, identity)
+        found = await unless_stopped(asked)
+        self.spent.computing(asked.asked, asked.entered, asked.left)
+        return found
 
     async def _part(self, question: Question, rows: Sequence[int], fields: Fields, status: Status) -> Part:
         wanted = set(rows)

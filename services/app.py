@@ -16,14 +16,19 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from services import page, predicting, routes
 from services.admission import require
-from services.books import Books, Unrecorded, Visit
+from services.books import Books, Unrecorded
+from services.metrics import Metrics
+from services.openapi import describe
 from services.policy import Asked
 from services.problems import Problem, install, internal, unrecorded
+from services.request_log import log_failure, log_visit
 from services.settings import Settings
 from services.state import make_service
 from services.teachers import ServedTeacher
+from services.visit import Visit
 
 _log = logging.getLogger("services")
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT"})
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
@@ -54,7 +59,9 @@ def create_app(teachers: Mapping[str, ServedTeacher], settings: Settings, books:
     if settings.page:
         app.include_router(page.router())
     install(app)
-    app.add_middleware(Gate, books=service.books)
+    describe(app, settings)
+    app.state.metrics = Metrics(service)
+    app.add_middleware(Gate, books=service.books, metrics=app.state.metrics)
     return app
 
 
@@ -65,8 +72,8 @@ class Gate:
     caught into a problem that tells nothing, and has the books written before an answer leaves.
     """
 
-    def __init__(self, app: ASGIApp, books: Books) -> None:
-        self._app, self._books = app, books
+    def __init__(self, app: ASGIApp, books: Books, metrics: Metrics) -> None:
+        self._app, self._books, self._metrics = app, books, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
@@ -75,55 +82,79 @@ class Gate:
             return
         asked = Headers(scope=scope).get("x-request-id", "")
         visit = Visit(asked if _REQUEST_ID.fullmatch(asked) else uuid.uuid4().hex)
+        visit.method = scope["method"] if scope["method"] in _METHODS else "other"
         scope.setdefault("state", {}).update(request_id=visit.request_id, visit=visit)
-        door = _Door(self._books, visit, scope, send)
+        door = _Door(self._books, visit, scope, receive, send)
+        self._metrics.in_flight.inc()
         try:
-            try:
-                await self._enter(scope, receive, door)
-            except Problem as problem:
-                await problem.response(visit.request_id)(scope, receive, door.send)
-            except (ClientDisconnect, Unrecorded):
-                raise
-            except Exception:
-                _log.exception("request %s failed", visit.request_id)
-                if not door.opened:
-                    await internal().response(visit.request_id)(scope, receive, door.send)
-        except ClientDisconnect:
-            _log.info("request %s: the client hung up", visit.request_id)
-        except Unrecorded as error:
-            _log.error("request %s was not answered, because it cannot be recorded: %s", visit.request_id, error)
-            await unrecorded().response(visit.request_id)(scope, receive, door.send_unrecorded)
+            await self._answer(scope, door)
         finally:
             self._books.release(visit)
+            door.note_route()
+            self._metrics.in_flight.dec()
+            self._metrics.answered(visit)
+            log_visit(visit)
 
-    async def _enter(self, scope: Scope, receive: Receive, door: _Door) -> None:
+    async def _answer(self, scope: Scope, door: _Door) -> None:
+        request_id = door.visit.request_id
+        try:
+            try:
+                await self._enter(scope, door)
+            except Problem as problem:
+                await problem.response(request_id)(scope, door.receive, door.send)
+            except (ClientDisconnect, Unrecorded):
+                raise
+            except Exception as error:
+                log_failure(f"request {request_id} failed", error)
+                if door.visit.status is None:
+                    await internal().response(request_id)(scope, door.receive, door.send)
+        except ClientDisconnect:
+            _log.info("request %s: the client hung up", request_id)
+        except Unrecorded as error:
+            _log.error("request %s was not answered, because it cannot be recorded: %s", request_id, error)
+            await unrecorded().response(request_id)(scope, door.receive, door.send_unrecorded)
+
+    async def _enter(self, scope: Scope, door: _Door) -> None:
         authorization = Headers(scope=scope).get("authorization", "").encode("latin-1")
         visit = door.visit
         visit.caller = await self._books.doorkeeper.identify(scope["path"], authorization)
         require(self._books, visit, Asked())
-        await self._app(scope, receive, door.send)
+        await self._app(scope, door.receive, door.send)
 
 
 class _Door:
-    """Where an answer leaves."""
+    """Where a request's body comes in and its answer leaves."""
 
-    def __init__(self, books: Books, visit: Visit, scope: Scope, send: Send) -> None:
-        self._books, self.visit, self._scope, self._send = books, visit, scope, send
-        self.opened = False
-        """Whether an answer has begun to leave."""
+    def __init__(self, books: Books, visit: Visit, scope: Scope, receive: Receive, send: Send) -> None:
+        self._books, self.visit, self._scope, self._receive, self._send = books, visit, scope, receive, send
+
+    def note_route(self) -> None:
+        """The template that the router has found for this path; None where there is none."""
+        self.visit.route = getattr(self._scope.get("route"), "path", None)
+
+    async def receive(self) -> Message:
+        """ASGI's `receive`, counted."""
+        message = await self._receive()
+        self.visit.bytes_in += len(message.get("body", b""))
+        return message
 
     async def send(self, message: Message) -> None:
         """ASGI's `send`, once the books are written."""
         if message["type"] == "http.response.start" and self._scope["path"] not in self._books.doorkeeper.open_paths:
-            self.visit.route = getattr(self._scope.get("route"), "path", None)
-            await self._books.record(self.visit, message["status"])
+            self.note_route()
+            with self.visit.spent.on("record"):
+                await self._books.record(self.visit, message["status"])
         await self.send_unrecorded(message)
 
     async def send_unrecorded(self, message: Message) -> None:
-        """ASGI's `send`, with the request's id."""
+        """ASGI's `send`, with the request's id and where its time went."""
         if message["type"] == "http.response.start":
-            self.opened = True
-            MutableHeaders(scope=message)["X-Request-Id"] = self.visit.request_id
+            self.visit.status = message["status"]
+            headers = MutableHeaders(scope=message)
+            headers["X-Request-Id"] = self.visit.request_id
+            headers["Server-Timing"] = self.visit.spent.header()
+        else:
+            self.visit.bytes_out += len(message.get("body", b""))
         await self._send(message)
 
 

@@ -15,7 +15,7 @@ import torch
 from fastapi import Request
 from torch import Tensor
 
-from services.admission import admit, image_digests
+from services.admission import admit, image_digests, visit_of
 from services.answering import Desk
 from services.answers import gathered
 from services.classes import with_classes
@@ -26,8 +26,9 @@ from services.planning_named import plan_named
 from services.policy import Asked
 from services.problems import Problem
 from services.state import Service
-from services.status import Answer, Plan
+from services.status import Answer, Plan, Status
 from services.upload import Upload
+from services.visit import Visit
 from services.work import Expired, QueueFull, TeacherFailed
 
 T = TypeVar("T")
@@ -100,7 +101,8 @@ async def answered(
     try:
         async with asyncio.timeout(None if deadline == math.inf else deadline - time.monotonic()):
             question = await read()
-            return question, await _while_there(request, partial(_answer, service, question))
+            answer = await _while_there(request, partial(_answer, service, question, visit_of(request)))
+            return question, answer
     except (TimeoutError, Expired):
         hint = "Allow more time, or send fewer images."
         raise Problem(504, "X-Deadline-Ms", "passed before the answer was there", "late", hint) from None
@@ -112,14 +114,29 @@ async def answered(
         raise Problem(500, "teacher", "must answer these images", "it failed on them", hint) from None
 
 
-async def _answer(service: Service, question: Question) -> Answer:
-    desk = question.desk
-    look = partial(service.read, desk.served.name) if question.reads else asyncio.to_thread
-    answer = await desk.answer(await look(question.plan))
+async def _answer(service: Service, question: Question, visit: Visit) -> Answer:
+    desk = replace(question.desk, spent=visit.spent)
+    if question.reads:
+        with visit.spent.on("cache"):
+            plan = await service.read(desk.served.name, question.plan)
+    else:
+        plan = await asyncio.to_thread(question.plan)
+    answer = await desk.answer(plan)
+    _count(answer, question, service, visit)
     if question.classes_NK is None:
         return answer
     tensors = await asyncio.to_thread(gathered, answer.tensors, question.classes_NK)
     return replace(answer, tensors=tensors)
+
+
+def _count(answer: Answer, question: Question, service: Service, visit: Visit) -> None:
+    """Notes how many items came from the cache or the journal, where they were asked."""
+    desk = question.desk
+    library = desk.served.library
+    looked = service.kept is not None or (library is not None and library.views > 0)
+    if looked and desk.use in ("prefer", "only"):
+        visit.cache_hits = sum(status in (Status.CACHED, Status.KEPT) for status in answer.status)
+        visit.cache_misses = len(answer.status) - visit.cache_hits
 
 
 def _classes(desk: Desk) -> int:

@@ -13,15 +13,15 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from services.load import Load
+from services.request_log import log_failure
 from services.teachers import ServedTeacher
-from services.work import Fields, Identity, Piece, Placed, QueueFull, Request, TeacherFailed
+from services.work import Awaited, Fields, Identity, Piece, Placed, QueueFull, Request, TeacherFailed
 
 _log = logging.getLogger("services")
 
@@ -47,6 +47,8 @@ class Batcher:
         self._thread = threading.Thread(target=self._run, name=f"teacher-{served.name}", daemon=True)
         self.warm = False
         """Whether a first, empty batch has gone through the model."""
+        self.ran: Callable[[int, float], None] = lambda _rows, _seconds: None
+        """Called in the thread after each batch: how many rows were asked for in it, and the seconds it took."""
         self.load = Load()
         """What the batches of the last seconds held."""
 
@@ -60,22 +62,32 @@ class Batcher:
         """Whether not even one image more would be taken."""
         return self._waiting >= self._most
 
+    @property
+    def dead(self) -> bool:
+        """Whether its thread has ended; it never begins again."""
+        return self._thread.ident is not None and not self._thread.is_alive()
+
     def start(self) -> None:
         """Starts the thread, which warms the model first."""
         self._thread.start()
 
     def stop(self) -> None:
         """Lets the batch in the model end, cancels what waits, and joins the thread."""
+        self._abandon([])
+        self._thread.join()
+
+    def _abandon(self, inside: list[Placed]) -> None:
+        """Cancels what waits and what is inside, and takes nothing more."""
         with self._changed:
             self._stopping = True
-            left = [waiter for piece in self._pieces for waiter in piece.request.waiters]
+            pieces = [*self._pieces, *(placed.piece for placed in inside)]
+            left = [waiter for piece in pieces for waiter in piece.request.waiters]
             self._pieces.clear()
             self._asked.clear()
             self._waiting = 0
             self._changed.notify()
         for waiter in left:
             waiter.answer.cancel()
-        self._thread.join()
 
     def require_room(self, images: int) -> None:
         """Raises `QueueFull` where so many images would not be taken now."""
@@ -89,7 +101,7 @@ class Batcher:
         fields: Sequence[str],
         deadline: float = math.inf,
         identity: Identity | None = None,
-    ) -> Future[Fields]:
+    ) -> Awaited:
         """Queues a request.
 
         Args:
@@ -130,13 +142,21 @@ class Batcher:
     def _run(self) -> None:
         before = torch.get_num_threads()
         torch.set_num_threads(self._served.threads)
+        batch: list[Placed] = []
         try:
             self._warm_up()
             while batch := self._next():
                 started = time.monotonic()
+                for placed in batch:
+                    placed.piece.request.entered = min(placed.piece.request.entered, started)
                 self._answer(batch)
                 self._batch_seconds = time.monotonic() - started
-                self.load.add(sum(len(placed.piece.images_BCHW) for placed in batch))
+                self.load.add(batch[-1].stop)
+                self.ran(batch[-1].stop, self._batch_seconds)
+        except BaseException as error:
+            # A model that calls sys.exit(), or a defect here: nobody may wait for a thread that is no more.
+            log_failure(f"the thread of teacher {self._served.name} has died", error)
+            self._abandon(batch)
         finally:
             torch.set_num_threads(before)
 
@@ -185,7 +205,7 @@ class Batcher:
         except Exception as error:
             # Whatever a user's model raises belongs to somebody's request; the thread goes on.
             if len(batch) == 1:
-                _log.error("teacher %s failed on one request: %r", self._served.name, error)
+                log_failure(f"teacher {self._served.name} failed on one request", error)
                 self._fail(batch[0].piece.request)
                 return
             half = len(batch) // 2
@@ -216,7 +236,7 @@ class Batcher:
                 request.finish()
         except Exception as error:
             # Out of memory while copying or joining: this request's trouble, not the thread's.
-            _log.error("an answer could not be put together: %r", error)
+            log_failure("an answer could not be put together", error)
             self._fail(request)
 
     def _fail(self, request: Request) -> None:

@@ -7,7 +7,6 @@ import contextlib
 import sqlite3
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
@@ -19,27 +18,9 @@ from services.settings import Settings
 from services.state_folder import StateFolder
 from services.usage import SECOND, Ticket, Usage
 from services.usage_file import UsageFile
+from services.visit import Visit
 
 T = TypeVar("T")
-
-
-@dataclass
-class Visit:
-    """One request, as the books see it. No text in it was chosen by a stranger, but for a well-formed request id."""
-
-    request_id: str
-    caller: Caller | None = None
-    """None before the key is known, and at the probes."""
-    route: str | None = None
-    teacher: str | None = None
-    images: int = 0
-    outputs: tuple[str, ...] = ()
-    limit: str | None = None
-    """That of the policy which refused it."""
-    ticket: Ticket | None = None
-    """Reserved, and not yet settled."""
-    listed: bool = True
-    """Whether its answer has a line in the audit; a refusal always has."""
 
 
 class Unrecorded(Exception):  # noqa: N818 - told to the client as a problem
@@ -85,6 +66,11 @@ class Books:
         for scribe in self._scribes:
             scribe.stop()
         self._opened.close()
+
+    @property
+    def scribes(self) -> tuple[Scribe, ...]:
+        """Who writes."""
+        return tuple(self._scribes)
 
     @property
     def now(self) -> datetime:

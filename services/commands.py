@@ -41,11 +41,11 @@ def add(
 @keys.command("list")
 def list_(state: State, json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False) -> None:
     """Show names, states and limits; keys themselves are nowhere."""
-    found, now = key_store.read(StateFolder(state).keys).keys, datetime.now(UTC)
+    now = datetime.now(UTC)
     if json:
-        documents = [{"name": name, "state": key.state(now), **_document(key)} for name, key in found.items()]
-        console.print_json(documents)
+        console.print_json(key_store.listed(StateFolder(state), now))
         return
+    found = key_store.read(StateFolder(state).keys).keys
     rows = [(name, key.state(now), key.created.isoformat(), _shown(key.policy)) for name, key in found.items()]
     console.print_rows(f"keys of {state}", ("name", "state", "created", "limits"), rows)
 
@@ -87,10 +87,6 @@ def _values(limits: list[str]) -> dict[str, object]:
         except yaml.YAMLError:
             raise SpecError("--set", "must have a YAML value", limit, "For example --set outputs=[topk].") from None
     return given
-
-
-def _document(key: key_store.Key) -> dict[str, object]:
-    return key.model_dump(mode="json", exclude={"hmac_sha256"})
 
 
 def _shown(policy: Policy) -> str:

@@ -11,7 +11,8 @@ from services import images, naming, wire
 from services.problems import Problem
 
 _ETAG = re.compile(r'(?:W/)?"([\x21\x23-\x7e]*)"')
-_MILLISECONDS = re.compile(r"[1-9][0-9]{0,8}")
+MILLISECONDS = r"[1-9][0-9]{0,8}"
+"""What a deadline may be written as."""
 
 
 def media_type_of(request: Request, *, named: bool) -> str:
@@ -60,7 +61,7 @@ def deadline_of(request: Request, arrived: float) -> float:
     header = request.headers.get("x-deadline-ms")
     if header is None:
         return math.inf
-    if not _MILLISECONDS.fullmatch(header):
+    if not re.fullmatch(MILLISECONDS, header):
         hint = "Send the time that you will still wait, for example 500."
         raise Problem(400, "X-Deadline-Ms", "must be whole milliseconds above 0", header, hint)
     return arrived + int(header) / 1000

@@ -36,18 +36,19 @@ class KeptAnswers:
         self._file, self._most = JournalFile(folder), most_bytes
         # Its own connection: a writer that waits for another process keeps no reader waiting.
         self._shelf = JournalFile(folder)
-        self._scribe = Scribe("journal", self)
+        self.scribe = Scribe("journal", self)
+        """Who writes."""
         self._waiting: list[tuple[ServedTeacher, bytes, Fields, bool]] = []
         self.full = self._is_full()
         """Whether answers are not kept any more."""
 
     def start(self) -> None:
         """Starts the thread that writes."""
-        self._scribe.start()
+        self.scribe.start()
 
     def close(self) -> None:
         """Writes what was handed over, and closes the file."""
-        self._scribe.stop()
+        self.scribe.stop()
         self._file.close()
         self._shelf.close()
 
@@ -68,7 +69,7 @@ class KeptAnswers:
             A future that is done when they are on the disk (or, once the journal is full, left out), and fails where
             they cannot be written.
         """
-        return self._scribe.submit(lambda: self._waiting.append((teacher, question, answers, again)), durable=True)
+        return self.scribe.submit(lambda: self._waiting.append((teacher, question, answers, again)), durable=True)
 
     def commit(self) -> None:
         """Writes what waits, in one transaction."""

@@ -7,7 +7,7 @@ import json
 import secrets
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AwareDatetime, Field, StringConstraints, model_validator
 
@@ -112,6 +112,17 @@ def revoke(folder: StateFolder, name: str) -> bool:
             return False
         _write(folder, {**found.keys, name: entry.model_copy(update={"revoked": _now()})})
     return True
+
+
+def listed(folder: StateFolder, now: datetime) -> list[dict[str, Any]]:
+    """Names, states and limits; nothing that a key could be known by.
+
+    Raises:
+        SpecError: the file cannot be read.
+    """
+    found = read(folder.keys).keys
+    described = {name: key.model_dump(mode="json", exclude={"hmac_sha256"}) for name, key in found.items()}
+    return [{"name": name, "state": found[name].state(now), **body} for name, body in described.items()]
 
 
 def secret_of(folder: StateFolder) -> bytes:

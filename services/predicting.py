@@ -37,7 +37,7 @@ router = APIRouter()
 async def predict(name: str, request: Request, options: Annotated[PredictOptions, Query()]) -> Response:
     """Images, files, or names of samples: to logits, probabilities, the top k, named classes, or features."""
     arrived = time.monotonic()
-    service = service_of(request)
+    service, visit = service_of(request), visit_of(request)
     served = teacher_of(request, service, name)
     media_type = media_type_of(request, named=served.library is not None)
     tensors = answers_tensors(request, media_type)
@@ -49,7 +49,8 @@ async def predict(name: str, request: Request, options: Annotated[PredictOptions
     read = partial(_read, request, service, desk, media_type)
     question, answer = await answered(request, service, read, deadline)
     policy = caller_of(request).policy
-    return await asyncio.to_thread(respond, answer, served, question, policy, tensors)
+    with visit.spent.on("encode"):
+        return await asyncio.to_thread(respond, answer, served, question, policy, tensors)
 
 
 @router.post("/v1/teachers/{name}/lookup")
@@ -77,13 +78,17 @@ async def lookup(name: str, request: Request, options: Annotated[PredictOptions,
 
 
 async def _read(request: Request, service: Service, desk: Desk, media_type: str) -> Question:
-    data = await read_body(request, service.settings)
+    spent = visit_of(request).spent
+    with spent.on("body"):
+        data = await read_body(request, service.settings)
     desk.require_room()
     if media_type == naming.MEDIA_TYPE:
         require_json(data, service.settings)
-        named = await asyncio.to_thread(parse_named, data, service.settings.max_images)
+        with spent.on("decode"):
+            named = await asyncio.to_thread(parse_named, data, service.settings.max_images)
         return await ask_named(request, service, desk, named)
-    upload = await asyncio.to_thread(uploaded, data, media_type, desk.served, service.settings)
+    with spent.on("decode"):
+        upload = await asyncio.to_thread(uploaded, data, media_type, desk.served, service.settings)
     return await ask_images(request, service, desk, upload)
 
 

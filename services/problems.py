@@ -17,6 +17,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from services.options import PredictOptions
+from services.scribe import RETRY_SECONDS
 
 MEDIA_TYPE = "application/problem+json"
 _LONGEST_VALUE = 80
@@ -74,7 +75,9 @@ def internal() -> Problem:
 def unrecorded() -> Problem:
     """The books could not be written, so nothing is answered; what is wrong with the disk is in the server's log."""
     hint = "Whoever runs this server has to see to its disk."
-    return Problem(503, "server", "must record an answer before it leaves", "it cannot", hint, {"Retry-After": "10"})
+    return Problem(
+        503, "server", "must record an answer before it leaves", "it cannot", hint, {"Retry-After": str(RETRY_SECONDS)}
+    )
 
 
 def install(app: FastAPI) -> None:

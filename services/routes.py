@@ -18,14 +18,18 @@ router = APIRouter()
 
 
 @router.get("/livez")
-async def livez() -> Probe:
-    """The process answers."""
+async def livez(request: Request) -> Probe:
+    """The process answers, and so will its threads; else only a new one helps."""
+    dead = service_of(request).dead()
+    if dead:
+        hint = "Start it again; its log says why."
+        raise Problem(503, "server", "must be alive", f"{', '.join(dead)} has died", hint)
     return Probe(status="live")
 
 
 @router.get("/readyz")
 async def readyz(request: Request) -> Probe:
-    """Teachers are warm, their queues under the mark, and the server is not on its way out."""
+    """Teachers are warm, queues under the mark, answers can be recorded, and the server is not on its way out."""
     reasons = service_of(request).not_ready()
     if reasons:
         raise Problem(503, "server", "must be ready", "; ".join(reasons), "Try again.", {"Retry-After": "1"})
@@ -94,4 +98,5 @@ def teacher_of(request: Request, service: Service, name: str) -> ServedTeacher:
     if name not in service.teachers:
         hint = f"Served here: {', '.join(service.teachers)}."
         raise Problem(404, "teacher", "must be one that is served here", name, hint)
+    visit_of(request).teacher = name
     return service.teachers[name]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ _log = logging.getLogger("services")
 T = TypeVar("T")
 _MOST = 256
 """Jobs of one commit: the first of them should not wait for ever."""
+RETRY_SECONDS = 10
+"""How long nobody should come after a commit that failed."""
 
 
 class Kept(Protocol):
@@ -38,9 +41,26 @@ class Scribe:
 
     def __init__(self, name: str, kept: Kept) -> None:
         """Nothing runs before `start`."""
-        self._kept = kept
+        self.name, self._kept = name, kept
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._failed: float | None = None
+        """When the last commit failed, on the monotonic clock; None where it did not."""
+        self.wrote: Callable[[str, float], None] = lambda _name, _seconds: None
+        """Called in the thread after each commit that succeeded, with the seconds it took."""
+
+    @property
+    def failing(self) -> bool:
+        """Whether the last commit failed, a short while ago.
+
+        Later it counts as whole again: whoever stays away from a server that is not ready never makes it try.
+        """
+        return self._failed is not None and time.monotonic() - self._failed < RETRY_SECONDS
+
+    @property
+    def dead(self) -> bool:
+        """Whether its thread has ended; it never begins again."""
+        return self._thread.ident is not None and not self._thread.is_alive()
 
     def start(self) -> None:
         """Starts the thread."""
@@ -98,12 +118,16 @@ class Scribe:
 
     def _commit(self, written: list[tuple[_Job, Any]], failure: Exception | None) -> None:
         if written and failure is None:
+            started = time.monotonic()
             try:
                 self._kept.commit()
+                self.wrote(self.name, time.monotonic() - started)
             except Exception as error:
                 failure = error
+        if written:
+            self._failed = None if failure is None else time.monotonic()
         if failure is not None:
-            _log.error("%s: nothing was kept: %r", self._thread.name, failure)
+            _log.error("%s: nothing was kept: %r", self.name, failure)
             self._kept.rollback()
         for job, result in written:
             if failure is None:

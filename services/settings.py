@@ -35,6 +35,10 @@ class Settings(Strict):
         default=1.0, ge=0, le=600, description="from SIGTERM (readyz turns 503) to the closed door"
     )
 
+    admin_port: int | None = Field(
+        default=None, ge=0, lt=2**16, description="metrics, drain and keys, on loopback; 0 takes a free one"
+    )
+
     @field_validator("api_key")
     @classmethod
     def _can_be_sent(cls, key: SecretStr | None) -> SecretStr | None:
@@ -48,6 +52,9 @@ class Settings(Strict):
         if self.api_key is None and self.state is None and not is_loopback(self.host):
             hint = "Set TEACHER_API_KEY, give a --state folder with keys, or bind 127.0.0.1."
             raise SpecError("host", "needs an api_key unless it is a loopback address", self.host, hint)
+        if self.admin_port is not None and self.admin_port == self.port != 0:
+            hint = "Choose another; 0 takes a free one."
+            raise SpecError("admin_port", "must not be the port of the service", self.admin_port, hint)
         if self.queue_images < self.max_images:
             rule = f"must hold one request of max_images ({self.max_images})"
             raise SpecError("queue_images", rule, self.queue_images, "Raise it, or lower max_images.")

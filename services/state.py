@@ -13,6 +13,7 @@ from services.batching import Batcher
 from services.books import Books
 from services.kept_answers import KeptAnswers
 from services.problems import Problem
+from services.scribe import Scribe
 from services.settings import Settings
 from services.teachers import ServedTeacher
 from teacher_cache.errors import SpecError, TeacherCacheError
@@ -35,13 +36,25 @@ class Service:
     readers: Mapping[str, ThreadPoolExecutor] = field(default_factory=dict)
     """The threads in which data sets and caches are read, by teacher."""
     unreadable: set[str] = field(default_factory=set)
-    """The teachers whose cache or data set could not be read when they were last looked into."""
+    """The teachers whose cache could not be opened when it was last looked at."""
     draining: bool = False
     """Set at SIGTERM: `readyz` turns 503 while requests are still answered."""
+
+    def dead(self) -> list[str]:
+        """What only a new process can mend; empty while it is alive."""
+        threads = [f"the thread of {name}" for name, batcher in self.batchers.items() if batcher.dead]
+        return threads + [f"the thread of the {scribe.name}" for scribe in self.scribes if scribe.dead]
+
+    @property
+    def scribes(self) -> tuple[Scribe, ...]:
+        """Who writes what must be on the disk before an answer leaves."""
+        return self.books.scribes if self.kept is None else (*self.books.scribes, self.kept.scribe)
 
     def not_ready(self) -> list[str]:
         """Why no new traffic should be sent here; empty when ready."""
         reasons = ["draining"] if self.draining else []
+        reasons += [f"{what} has died" for what in self.dead()]
+        reasons += [f"the {scribe.name} cannot be written" for scribe in self.scribes if scribe.failing]
         reasons += [f"{name} is not warm" for name, batcher in self.batchers.items() if not batcher.warm]
         reasons += [f"the cache of {name} cannot be read" for name in sorted(self.unreadable)]
         return reasons + [f"{name} has a full queue" for name, batcher in self.batchers.items() if batcher.full]
@@ -49,18 +62,41 @@ class Service:
     async def read(self, teacher: str, look: Callable[[], T]) -> T:
         """Looks into a teacher's data set and cache, in the one thread that does.
 
+        What a build, a repair or somebody else has changed meanwhile is opened anew, and looked at once more.
+
         Raises:
-            Problem: 500 where they are not what was built; `readyz` says so until they can be read again.
+            Problem: 503 where they are not what was built.
         """
+        library = self.teachers[teacher].library
+
+        def attempt() -> T:
+            try:
+                return look()
+            except TeacherCacheError:
+                if library is None:
+                    raise
+            library.reopen()
+            return look()
+
         try:
-            found = await asyncio.get_running_loop().run_in_executor(self.readers[teacher], look)
+            found = await asyncio.get_running_loop().run_in_executor(self.readers[teacher], attempt)
         except TeacherCacheError as error:
-            self.unreadable.add(teacher)
             _log.error("the cache or the data set of %s cannot be read: %s", teacher, error)
             hint = "Send images, with cache=bypass. Whoever runs the service finds the reason in its log."
-            raise Problem(500, "cache", "must be what was built", "it is not", hint) from None
-        self.unreadable.discard(teacher)
+            raise Problem(503, "cache", "must be what was built", "it is not", hint, {"Retry-After": "30"}) from None
         return found
+
+    async def look_again(self) -> None:
+        """Sees whether caches can be opened, which may have been mended; for `not_ready`."""
+        for name, served in self.teachers.items():
+            if served.library is None:
+                continue
+            try:
+                await self.read(name, served.library.refresh)
+            except Problem:
+                self.unreadable.add(name)
+            else:
+                self.unreadable.discard(name)
 
     def start(self) -> None:
         """Starts all threads."""

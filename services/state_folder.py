@@ -42,6 +42,11 @@ class StateFolder:
         """The lines that are being written."""
         return self.path / "audit.jsonl"
 
+    @property
+    def admin_token(self) -> Path:
+        """What shows at the admin port that somebody may read this folder; a new one at each start."""
+        return self.path / "admin.token"
+
     @contextlib.contextmanager
     def locked(self, name: str, *, wait: bool) -> Iterator[None]:
         """Makes the folder, and holds a lock of this name in it; a process that dies lets go.

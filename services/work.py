@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -29,11 +30,29 @@ class TeacherFailed(Exception):  # noqa: N818 - told to the client as a problem
     """The model raised on this request alone, or answered another shape."""
 
 
+class Awaited(Future[Fields]):
+    """What a call of `Batcher.submit` waits for. Its times are on the monotonic clock."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked = self.entered = self.left = time.monotonic()
+        """When it was asked; and, once there is a result, when its first piece went into the model, and its last out.
+
+        The pieces that it waited for in between are not told apart.
+        """
+
+    def clocked(self, entered: float) -> Awaited:
+        """Notes when it was in the model, for a request that is answered now."""
+        # Who joined later did not wait for the part that was over.
+        self.entered, self.left = max(entered, self.asked), time.monotonic()
+        return self
+
+
 @dataclass(frozen=True, eq=False)
 class Waiter:
     """One call of `Batcher.submit`."""
 
-    answer: Future[Fields]
+    answer: Awaited
     deadline: float
     """On the monotonic clock; inf where there is none."""
 
@@ -56,12 +75,14 @@ class Request:
     parts: list[Fields | None]
     """One for each piece."""
     waiters: list[Waiter] = field(default_factory=list)
+    entered: float = math.inf
+    """When its first piece went into the model, on the monotonic clock."""
     failed: bool = False
     """Whether it has been told to all that it cannot be answered."""
 
-    def join(self, deadline: float) -> Future[Fields]:
+    def join(self, deadline: float) -> Awaited:
         """One more who waits for the same answer."""
-        waiter = Waiter(Future(), deadline)
+        waiter = Waiter(Awaited(), deadline)
         self.waiters.append(waiter)
         return waiter.answer
 
@@ -90,7 +111,7 @@ class Request:
         joined = {name: torch.cat([part[name] for part in whole]) for name in self.fields}
         for waiter in self.waiters:
             if not waiter.answer.done() and waiter.answer.set_running_or_notify_cancel():
-                waiter.answer.set_result(joined)
+                waiter.answer.clocked(self.entered).set_result(joined)
 
 
 @dataclass(frozen=True, eq=False)

@@ -34,6 +34,7 @@ from teacher_cache.storage.root import Root
 from teacher_cache.teachers import resolve_device
 
 _IN_FLIGHT = 2
+_ADDRESS = "RAY_ADDRESS"
 _DEATHS = (RayActorError, OutOfMemoryError, NodeDiedError)
 
 
@@ -57,31 +58,21 @@ class ShardWorker:
 def run_on_ray(root: Root, manifest: Manifest, spec: BuildSpec, works: list[Work], claims: Claims) -> Iterator[Receipt]:
     """Yields the receipt of each shard as it is committed, in whatever order the workers finish.
 
-    Work is claimed before it is submitted; what another builder has claimed is left out.
+    Work is claimed before it is submitted; what another builder has claimed is left out. A cluster that this process
+    is connected to is used, else the one that RAY_ADDRESS names, else a Ray of its own.
 
     Raises:
+        SpecError: no cluster answers at RAY_ADDRESS, or none of its nodes has room for a worker.
         BuildError: a shard killed its worker as often as `compute.attempts` allows, and no sample is to blame.
         TeacherCacheError: whatever the shard job raised, as it raised it.
     """
-    count = min(worker_count(spec.compute), len(works))
     on_gpu = resolve_device(spec.compute.device) == "cuda"
     ours = not ray.is_initialized()
     if ours:
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        on_sigterm = signal.getsignal(signal.SIGTERM)
-        ray.init(
-            num_cpus=count * spec.compute.threads,
-            include_dashboard=False,
-            logging_level="ERROR",
-            log_to_driver=False,
-            configure_logging=False,
-        )
-        if callable(on_sigterm) and threading.current_thread() is threading.main_thread():
-            # Ray puts its own handler in the place of the command line's.
-            signal.signal(signal.SIGTERM, on_sigterm)
+        _connect(os.environ.get(_ADDRESS), spec.compute, len(works))
     try:
-        pool = _Pool(root, manifest, spec, min(count, _room(spec.compute, on_gpu)), on_gpu, claims)
+        room = min(_room(spec.compute, on_gpu), len(works))
+        pool = _Pool(root, manifest, spec, min(room, spec.compute.workers or room), on_gpu, claims)
         try:
             yield from pool.run(works)
         finally:
@@ -91,10 +82,32 @@ def run_on_ray(root: Root, manifest: Manifest, spec: BuildSpec, works: list[Work
             ray.shutdown()
 
 
+def _connect(address: str | None, compute: ComputeSpec, works: int) -> None:
+    """Joins a cluster, or starts a Ray for this build; the handler of SIGTERM stays the one that it was."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    on_sigterm = signal.getsignal(signal.SIGTERM)
+    quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False, "configure_logging": False}
+    if address:
+        try:
+            ray.init(address=address, **quiet)
+        except ConnectionError as error:
+            hint = "Join it (`ray start --address`), with RAY_AUTH_MODE and RAY_AUTH_TOKEN as there; or unset this."
+            raise SpecError(_ADDRESS, "must be a Ray cluster that this machine is a node of", address, hint) from error
+    else:
+        # `local`: without it Ray joins whatever somebody has started on this machine, where num_cpus is an error.
+        cpus = min(worker_count(compute), works) * compute.threads
+        ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
+    if callable(on_sigterm) and threading.current_thread() is threading.main_thread():
+        # Ray puts its own handler in the place of the command line's.
+        signal.signal(signal.SIGTERM, on_sigterm)
+
+
 def _room(compute: ComputeSpec, on_gpu: bool) -> int:
     """How many workers the cluster has room for; an actor without room would wait for ever."""
-    there = ray.cluster_resources()
-    room = int(there.get("GPU", 0)) if on_gpu else int(there.get("CPU", 0)) // compute.threads
+    there = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    # Node by node: an actor is never spread over two.
+    room = sum(int(found.get("GPU" if on_gpu else "CPU", 0)) // (1 if on_gpu else compute.threads) for found in there)
     if room < 1:
         hint = "Lower compute.threads, or give Ray more resources."
         raise SpecError("compute", "needs more than the running Ray cluster has", there, hint)

@@ -19,6 +19,7 @@ OWNERS = {
     "starlette": ["services/"],
     "uvicorn": ["services/"],
     "httpx": ["services/"],
+    "prometheus_client": ["services/metrics"],
     "zarr": ["teacher_cache/storage/zarr_"],
     "pyarrow": ["teacher_cache/storage/parquet_", "teacher_cache/sources/parquet"],
     "fsspec": ["teacher_cache/storage/remote_"],

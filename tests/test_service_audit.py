@@ -324,7 +324,7 @@ def test_every_answer_and_every_refusal_has_its_line(tmp_path: Path) -> None:
         ("alice", predict, "toy", 1, ["probs"], "refused", 403, "outputs"),
         ("alice", predict, None, 0, [], "refused", 400, None),
         (None, None, None, 0, [], "refused", 401, None),
-        ("alice", "/v1/teachers/{name}", None, 0, [], "answered", 200, None),
+        ("alice", "/v1/teachers/{name}", "toy", 0, [], "answered", 200, None),
         ("alice", "/v1/usage", None, 0, [], "answered", 200, None),
         ("alice", None, None, 0, [], "refused", 404, None),
     ]

@@ -39,13 +39,14 @@ from services import keys
 from services.admission import image_digests
 from services.app import create_app
 from services.audit_verify import verify
-from services.books import Books, Visit
+from services.books import Books
 from services.policy import Policy
 from services.scribe import Scribe
 from services.settings import Settings
 from services.state_folder import StateFolder
 from services.usage import SECOND, OverBudget, Ticket, Usage
 from services.usage_file import UsageFile
+from services.visit import Visit
 from services.wire import pack_images
 from teacher_cache.errors import SpecError
 
