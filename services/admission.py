@@ -46,18 +46,21 @@ def require(books: Books, visit: Visit, asked: Asked) -> None:
 
 
 async def admit(
-    request: Request, books: Books, asked: Asked, images: int, digests: Callable[[], frozenset[bytes]]
-) -> None:
+    request: Request, books: Books, asked: Asked, images: int, digests: Callable[[], tuple[bytes, ...]]
+) -> tuple[bytes, ...]:
     """The one door before compute: a request that is parsed may go on, and what it costs is set aside.
 
-    The gate settles when the answer leaves, and gives back when none does.
+    The gate settles when the answer leaves, and gives back when none does; `pay_for` makes it less.
 
     Args:
         request: its visit is filled in.
         books: where its key's budgets are.
         asked: all that it asks for.
         images: how many.
-        digests: of the distinct ones among them; called in another thread, where the policy counts them.
+        digests: of each, alike where they are; called in another thread, where the policy counts them.
+
+    Returns:
+        The digests, where they were needed.
 
     Raises:
         Problem: 403 for what the key may never have, 429 with Retry-After for a budget that will have room again.
@@ -66,9 +69,9 @@ async def admit(
     visit.teacher, visit.images, visit.outputs = asked.teacher, images, asked.outputs
     require(books, visit, asked)
     counted = caller.policy.distinct_images is not None
-    found = await asyncio.to_thread(digests) if counted else frozenset[bytes]()
+    found = await asyncio.to_thread(digests) if counted else tuple[bytes, ...]()
     try:
-        await books.reserve(visit, Ticket(caller.name, caller.policy, images, found))
+        await books.reserve(visit, Ticket(caller.name, caller.policy, images, frozenset(found)))
     except OverBudget as over:
         visit.limit = over.limit
         value = f"{images} asked, {over.left}"
@@ -78,10 +81,11 @@ async def admit(
         hint = "Wait as long as Retry-After says; GET /v1/usage shows what is left."
         headers = {"Retry-After": str(over.retry_after)}
         raise Problem(429, over.limit, over.rule, value, hint, headers) from None
+    return found
 
 
-def image_digests(views_BCHW: Tensor) -> frozenset[bytes]:
-    """One for each distinct image: of the pixels that the teacher would see, and of their shape."""
+def image_digests(views_BCHW: Tensor) -> tuple[bytes, ...]:
+    """One for each image: of the pixels that the teacher would see, and of their shape."""
     person = "x".join(map(str, views_BCHW.shape[1:])).encode()[:16]
     rows = views_BCHW.contiguous().numpy()
-    return frozenset(hashlib.blake2b(row.tobytes(), digest_size=16, person=person).digest() for row in rows)
+    return tuple(hashlib.blake2b(row.tobytes(), digest_size=16, person=person).digest() for row in rows)

@@ -84,14 +84,26 @@ class Desk:
             raise _unanswered(without)
         return Answer(tensors, status, plan.encodings)
 
+    def looked_up(self, plan: Plan) -> list[Status]:
+        """What the cache and the journal have of each item; ABSENT where the model would be asked. Blocks."""
+        kept: list[Part] = []
+        for question in plan.questions if self.kept is not None else ():
+            if len(self._found(question)) == len(self.wanted.fields):
+                kept.append(Part(question.places, {}, Status.KEPT))
+        return assembled(plan, [*plan.parts, *kept], {})[1]
+
+    def _found(self, question: Question) -> Fields:
+        assert self.kept is not None, "there is a journal"
+        try:
+            return self.kept.find(self.served, question.identity, self.wanted.fields)
+        except TeacherCacheError:
+            raise _no_journal("must be readable", "it is not") from None
+
     async def _look(self, question: Question) -> Part | None:
         """What the journal has of a question; None where that is not all."""
         if self.kept is None or self.use not in ("prefer", "only"):
             return None
-        try:
-            fields = await asyncio.to_thread(self.kept.find, self.served, question.identity, self.wanted.fields)
-        except TeacherCacheError:
-            raise _no_journal("must be readable", "it is not") from None
+        fields = await asyncio.to_thread(self._found, question)
         if len(fields) < len(self.wanted.fields):
             return None
         return await self._part(question, question.rows, fields, Status.KEPT)

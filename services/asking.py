@@ -6,7 +6,8 @@ import asyncio
 import hashlib
 import math
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
@@ -47,6 +48,10 @@ class Question:
     """Whether an image was brought to the teacher's size; of files, each."""
     reads: bool = True
     """Whether the plan looks into the data set or the cache."""
+    counted: Sequence[int] = ()
+    """The items that were asked for: files that cannot be decoded and fillings are none."""
+    digests: tuple[bytes, ...] = ()
+    """Of each of them, where this key's distinct images are counted."""
 
 
 async def ask_images(request: Request, service: Service, desk: Desk, upload: Upload) -> Question:
@@ -58,10 +63,11 @@ async def ask_images(request: Request, service: Service, desk: Desk, upload: Upl
     wanted = with_classes(desk.wanted, upload.classes_NK, len(upload.views_BCHW), _classes(desk))
     sent_BCHW = upload.decoded_BCHW
     asked = Asked.predict(desk.served.name, wanted)
-    await admit(request, service.books, asked, len(sent_BCHW), partial(image_digests, sent_BCHW))
+    digests = await admit(request, service.books, asked, len(sent_BCHW), partial(image_digests, sent_BCHW))
+    counted = [place for place in range(len(upload.views_BCHW)) if place not in upload.broken]
     cached = desk.served.library is not None and desk.use in ("prefer", "only")
     plan = partial(plan_images, desk.served, upload.views_BCHW, wanted, cached=cached, broken=upload.broken)
-    return Question(replace(desk, wanted=wanted), plan, upload.classes_NK, upload.resized, reads=cached)
+    return Question(replace(desk, wanted=wanted), plan, upload.classes_NK, upload.resized, cached, counted, digests)
 
 
 async def ask_named(request: Request, service: Service, desk: Desk, named: Named) -> Question:
@@ -73,10 +79,11 @@ async def ask_named(request: Request, service: Service, desk: Desk, named: Named
     if named.whole and wanted.output == "gather":
         raise Problem(422, "whole", "has no effect on output=gather", "true", "Leave it out.")
     asked = Asked.predict(desk.served.name, wanted, uploaded=False, dataset=library.dataset)
-    await admit(request, service.books, asked, len(named.keys), partial(_name_digests, named, library))
+    digests = await admit(request, service.books, asked, len(named.keys), partial(_name_digests, named, library))
     cached, most = desk.use in ("prefer", "only"), service.settings.max_images
-    plan = partial(plan_named, desk.served, named, wanted, cached=cached, most=most)
-    return Question(replace(desk, wanted=wanted), plan, classes_NK)
+    looked = desk.use != "only" or desk.kept is not None
+    plan = partial(plan_named, desk.served, named, wanted, cached=cached, most=most, looked=looked)
+    return Question(replace(desk, wanted=wanted), plan, classes_NK, counted=range(len(named.keys)), digests=digests)
 
 
 def classes_of(named: Named) -> Tensor | None:
@@ -99,19 +106,27 @@ async def answered(
         Problem: 408, 500, 503 or 504, and what `read` raises.
     """
     try:
-        async with asyncio.timeout(None if deadline == math.inf else deadline - time.monotonic()):
+        async with in_time(deadline):
             question = await read()
             answer = await _while_there(request, partial(_answer, service, question, visit_of(request)))
             return question, answer
-    except (TimeoutError, Expired):
-        hint = "Allow more time, or send fewer images."
-        raise Problem(504, "X-Deadline-Ms", "passed before the answer was there", "late", hint) from None
     except QueueFull as full:
         headers = {"Retry-After": str(full.retry_after)}
         raise Problem(503, "queue", "must have room", "full", "Try again later.", headers) from None
     except TeacherFailed:
         hint = "The images of other requests are not affected. Report the request_id."
         raise Problem(500, "teacher", "must answer these images", "it failed on them", hint) from None
+
+
+@asynccontextmanager
+async def in_time(deadline: float) -> AsyncIterator[None]:
+    """Ends what is in here at a moment of the monotonic clock, with a 504 `Problem`; inf where there is none."""
+    try:
+        async with asyncio.timeout(None if deadline == math.inf else deadline - time.monotonic()):
+            yield
+    except (TimeoutError, Expired):
+        hint = "Allow more time, or send fewer images."
+        raise Problem(504, "X-Deadline-Ms", "passed before the answer was there", "late", hint) from None
 
 
 async def _answer(service: Service, question: Question, visit: Visit) -> Answer:
@@ -123,6 +138,11 @@ async def _answer(service: Service, question: Question, visit: Visit) -> Answer:
         plan = await asyncio.to_thread(question.plan)
     answer = await desk.answer(plan)
     _count(answer, question, service, visit)
+    # Only answers are paid for.
+    paid = [number for number, place in enumerate(question.counted) if answer.status[place].answered]
+    await service.books.reduce(
+        visit, len(paid), frozenset(question.digests[number] for number in paid if question.digests)
+    )
     if question.classes_NK is None:
         return answer
     tensors = await asyncio.to_thread(gathered, answer.tensors, question.classes_NK)

@@ -7,6 +7,7 @@ import contextlib
 import sqlite3
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
@@ -86,6 +87,15 @@ class Books:
         # Before it is asked for: if this is cancelled, `release` follows the reservation in the queue.
         visit.ticket = ticket
         await self._usage_does(lambda: self._usage.reserve(ticket, self._clock()), durable=False)
+
+    async def reduce(self, visit: Visit, images: int, digests: frozenset[bytes]) -> None:
+        """Gives back what was reserved for images that get no answer; so many are left, with these digests."""
+        ticket = visit.ticket
+        if ticket is None or images == ticket.images:
+            return
+        # Before it is asked for, as above.
+        smaller = visit.ticket = replace(ticket, images=images, digests=digests & ticket.digests)
+        await self._usage_does(lambda: self._usage.reduce(ticket, smaller), durable=False)
 
     def release(self, visit: Visit) -> None:
         """Gives back what was reserved and not recorded as answered."""

@@ -99,7 +99,11 @@ class Library:
     @cached_property
     def fingerprint(self) -> str:
         """Names the samples and their views."""
-        return fingerprint("library", 1, {"source": source_fingerprint(self._opened.source), "recipe": self.recipe})
+        spec, opened = self._opened.spec.source.model_dump(mode="json"), self._opened
+        # Its place, too: data sets with the same names and sizes may hold other images.
+        return fingerprint(
+            "library", 1, {"source": source_fingerprint(opened.source), "spec": spec, "recipe": self.recipe}
+        )
 
     def refresh(self) -> None:
         """Takes in what was built since; looks at most every few seconds.

@@ -11,8 +11,8 @@ from services.schemas import MAX_TEMPERATURE, MIN_TEMPERATURE, CacheUse, Dtype, 
 DEFAULT_K = 5
 
 
-class PredictOptions(BaseModel):
-    """The query as it was written; an unknown option is refused."""
+class FormOptions(BaseModel):
+    """The form of an answer, as the query was written; an unknown option is refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -24,6 +24,11 @@ class PredictOptions(BaseModel):
     fields: str = Field(default="logits", description="comma separated; features need a safetensors answer")
     lse: bool = Field(default=False, description="the log-sum-exp of the raw logits, beside what is made of them")
     dtype: Dtype = Field(default="f32", description="of every floating tensor of a safetensors answer")
+
+
+class PredictOptions(FormOptions):
+    """And where the answer may come from."""
+
     cache: CacheUse = Field(
         default="prefer", description="`only` computes nothing, `refresh` computes anew, `bypass` keeps nothing"
     )
@@ -55,7 +60,7 @@ class OptionError(ValueError):
         super().__init__(field, rule, value, hint)
 
 
-def resolve(options: PredictOptions, offered: dict[str, tuple[int, ...]], tensors: bool) -> Wanted:
+def resolve(options: FormOptions, offered: dict[str, tuple[int, ...]], tensors: bool) -> Wanted:
     """Fits the options to a teacher.
 
     Args:
@@ -90,7 +95,7 @@ def resolve(options: PredictOptions, offered: dict[str, tuple[int, ...]], tensor
     return Wanted(options.output, k, options.temperature, fields, lse=options.lse, dtype=options.dtype)
 
 
-def _k(options: PredictOptions, offered: dict[str, tuple[int, ...]]) -> int:
+def _k(options: FormOptions, offered: dict[str, tuple[int, ...]]) -> int:
     if options.output != "topk":
         if options.k is not None:
             raise OptionError("k", "belongs to output=topk", options.k, "Ask for output=topk.")

@@ -22,7 +22,9 @@ from services.teachers import ServedTeacher
 from teacher_cache.teachers.base import padded
 
 
-def plan_named(served: ServedTeacher, named: Named, wanted: Wanted, *, cached: bool, most: int) -> Plan:
+def plan_named(
+    served: ServedTeacher, named: Named, wanted: Wanted, *, cached: bool, most: int, looked: bool = True
+) -> Plan:
     """A plan for samples that were named.
 
     Args:
@@ -31,6 +33,7 @@ def plan_named(served: ServedTeacher, named: Named, wanted: Wanted, *, cached: b
         wanted: what is made of its answers.
         cached: whether the cache may answer.
         most: images that the model may be asked about for one request.
+        looked: whether the journal or the model will be asked about what the cache does not hold.
 
     Raises:
         Problem: 413 where the samples lie in too many micro-batches, 422 where there are too many for one.
@@ -42,7 +45,9 @@ def plan_named(served: ServedTeacher, named: Named, wanted: Wanted, *, cached: b
     planner = _Planner(served, named)
     if cached:
         planner.read(wanted)
-    questions = planner.whole() if named.whole else planner.in_their_batches(most)
+    questions: list[Question] = []
+    if looked:
+        questions = planner.whole() if named.whole else planner.in_their_batches(most)
     items = served.micro_batch if named.whole else len(named.keys)
     return Plan(items, planner.parts, questions, planner.unanswered, planner.encodings)
 
@@ -74,7 +79,9 @@ class _Planner:
         for part in parts:
             rows = np.array([self._rows[place] for place in part.places])
             self._compare(part.places, self._library.digests(self._named.view_of_each[part.places[0]], rows))
-        self.parts, self.encodings = [self._without_unanswered(part) for part in parts], encodings
+        left = (self._without_unanswered(part) for part in parts)
+        self.parts = [part for part in left if part.places]
+        self.encodings = encodings if self.parts else {}
 
     def _is_micro_batch(self) -> bool:
         """Whether the samples are, in their order, one whole micro-batch of a build, with no fillings."""
@@ -117,7 +124,8 @@ class _Planner:
     def _question(self, view: int, together: Sequence[int], places: list[int]) -> Question | None:
         """One micro-batch with its fillings; None where nothing of it is wanted any more."""
         rendered = self._library.render(view, together, self._served.view_shape)
-        where = {row: number for number, row in enumerate(rendered.rows.tolist())}
+        rows = rendered.rows.tolist()
+        where = {row: number for number, row in enumerate(rows) if row not in rendered.broken}
         self.unanswered |= {place: Status.BROKEN for place in places if self._rows[place] not in where}
         here = [place for place in places if place not in self.unanswered]
         self._compare(here, [rendered.digests[where[self._rows[place]]] for place in here])
@@ -125,8 +133,8 @@ class _Planner:
         if not here:
             return None
         images_BCHW = padded(rendered.views_BCHW, self._served.micro_batch)
-        rows = [where[self._rows[place]] for place in here]
-        return Question(images_BCHW, here, rows, wire.identity_of(images_BCHW))
+        at = [where[self._rows[place]] for place in here]
+        return Question(images_BCHW, here, at, wire.identity_of(images_BCHW))
 
     def _compare(self, places: Sequence[int], digests: Iterable[np.uint64]) -> None:
         if self._named.digests is None:
@@ -153,14 +161,18 @@ def known_rows(library: Library, named: Named) -> tuple[list[int], dict[int, Sta
     return rows.tolist(), unanswered
 
 
-def look_up(served: ServedTeacher, named: Named, wanted: Wanted, *, most: int) -> list[Status | None]:
-    """What `plan_named` would find, for each key: CACHED, why there is no answer, or None where it is computed.
+def look_up(served: ServedTeacher, named: Named, wanted: Wanted, *, most: int, rendered: bool) -> Plan:
+    """What `plan_named` finds with the cache.
 
-    Views that the cache does not hold are made only where digests are to be compared with theirs.
+    Args:
+        served: the teacher; it has a library.
+        named: as there.
+        wanted: as there.
+        most: as there.
+        rendered: whether the micro-batches are made that a journal may have; they are also made where digests are to be
+            compared with theirs.
     """
     planner = _Planner(served, named)
     planner.read(wanted)
-    if named.digests is not None:
-        planner.in_their_batches(most)
-    found = planner.unanswered | {place: part.status for part in planner.parts for place in part.places}
-    return [found.get(place) for place in range(len(named.keys))]
+    questions = planner.in_their_batches(most) if rendered or named.digests is not None else []
+    return Plan(len(named.keys), planner.parts, questions, planner.unanswered, planner.encodings)

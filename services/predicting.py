@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from dataclasses import replace
 from functools import partial
@@ -14,12 +15,12 @@ from fastapi.responses import Response
 from services import naming
 from services.admission import caller_of, require, visit_of
 from services.answering import Desk
-from services.asking import Question, answered, ask_images, ask_named, classes_of
+from services.asking import Question, answered, ask_images, ask_named, classes_of, in_time
 from services.body import read_body, require_json
 from services.classes import with_classes
 from services.headers import answers_tensors, deadline_of, media_type_of, names_digest
 from services.naming import parse_named
-from services.options import OptionError, PredictOptions, Wanted, resolve
+from services.options import FormOptions, OptionError, PredictOptions, Wanted, resolve
 from services.planning_named import look_up
 from services.policy import Asked
 from services.problems import Problem
@@ -27,6 +28,7 @@ from services.responding import respond
 from services.routes import service_of, teacher_of
 from services.schemas import Lookup, Predictions
 from services.state import Service
+from services.status import Status
 from services.teachers import ServedTeacher
 from services.upload import uploaded
 
@@ -54,9 +56,9 @@ async def predict(name: str, request: Request, options: Annotated[PredictOptions
 
 
 @router.post("/v1/teachers/{name}/lookup")
-async def lookup(name: str, request: Request, options: Annotated[PredictOptions, Query()]) -> Lookup:
+async def lookup(name: str, request: Request, options: Annotated[FormOptions, Query()]) -> Lookup:
     """Which samples have an answer in the cache, which the model would be asked about, and which have none."""
-    service = service_of(request)
+    arrived, service = time.monotonic(), service_of(request)
     served = teacher_of(request, service, name)
     if media_type_of(request, named=served.library is not None) != naming.MEDIA_TYPE:
         raise Problem(415, "Content-Type", f"must be {naming.MEDIA_TYPE}", "another", "Send keys and views.")
@@ -65,15 +67,18 @@ async def lookup(name: str, request: Request, options: Annotated[PredictOptions,
     # Whatever may be predicted may be looked up.
     wanted = wanted_of(request, options, served, tensors=True)
     _require_digest(request, served)
-    data = await read_body(request, service.settings)
-    require_json(data, service.settings)
-    named = await asyncio.to_thread(parse_named, data, service.settings.max_images)
-    wanted = with_classes(wanted, classes_of(named), len(named.keys), served.field_shapes.get("logits", (0,))[0])
-    asked = Asked.predict(name, wanted, uploaded=False, dataset=served.library.dataset)
-    require(service.books, visit_of(request), asked)
-    look = partial(look_up, served, named, wanted, most=service.settings.max_images)
-    found = await service.read(name, look)
-    shown = tuple("computable" if status is None else status.shown for status in found)
+    async with in_time(deadline_of(request, arrived)):
+        data = await read_body(request, service.settings)
+        require_json(data, service.settings)
+        named = await asyncio.to_thread(parse_named, data, service.settings.max_images)
+        wanted = with_classes(wanted, classes_of(named), len(named.keys), served.field_shapes.get("logits", (0,))[0])
+        asked = Asked.predict(name, wanted, uploaded=False, dataset=served.library.dataset)
+        require(service.books, visit_of(request), asked)
+        most, kept = service.settings.max_images, service.kept is not None
+        found = await service.read(name, partial(look_up, served, named, wanted, most=most, rendered=kept))
+        desk = desk_of(service, served, wanted, PredictOptions(cache="only"), math.inf)
+        status = await asyncio.to_thread(desk.looked_up, found)
+    shown = tuple("computable" if one is Status.ABSENT else one.shown for one in status)
     return Lookup(teacher=name, digest=served.digest, status=shown)
 
 
@@ -100,7 +105,7 @@ def desk_of(service: Service, served: ServedTeacher, wanted: Wanted, options: Pr
     return Desk(served, batcher, service.kept, wanted, options.cache, options.strict, deadline)
 
 
-def wanted_of(request: Request, options: PredictOptions, served: ServedTeacher, tensors: bool) -> Wanted:
+def wanted_of(request: Request, options: FormOptions, served: ServedTeacher, tensors: bool) -> Wanted:
     """What the options ask of this teacher, for this key.
 
     Args:

@@ -81,8 +81,9 @@ class Wish:
             "dtype": self.dtype,
             # Not where it is off: an older service does not know it.
             "lse": self.lse or None,
-            "cache": self.cache,
-            "strict": self.strict,
+            # A lookup answers nothing.
+            "cache": self.cache if path == "/predict" else None,
+            "strict": self.strict if path == "/predict" else None,
         }
         headers = {
             "Accept": wire.MEDIA_TYPE,

@@ -10,7 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from teacher_cache.loader import ViewLoader
+from teacher_cache.errors import MismatchError
+from teacher_cache.loader import Decoded, ViewLoader
 from teacher_cache.reader import Cache
 from teacher_cache.views.digest import as_unsigned, pixel_digests
 
@@ -20,12 +21,13 @@ class Rendered:
     """Views of some rows, as a build makes them."""
 
     rows: NDArray[np.int64]
-    """Those that could be decoded, in the order asked for."""
+    """Those that have a place in a build's micro-batch, in the order asked for."""
     views_BCHW: Tensor
     """uint8, one for each of them."""
     digests: NDArray[np.uint64]
     broken: frozenset[int]
-    """The rows that could not."""
+    """The rows without a view: what could not be decoded, which has no place either, and what has other bytes now than
+    the teacher saw, in whose place there is a black one."""
 
 
 def render(
@@ -48,9 +50,8 @@ def render(
 
     Raises:
         ViewMismatch: a view cannot be made again as the teacher saw it.
-        MismatchError: a sample's bytes have changed since.
     """
-    decoded = loader.decode(rows)
+    decoded, changed = _decode(loader, rows)
     pixels_BCHW = torch.zeros((len(decoded.rows), *shape), dtype=torch.uint8)
     known = np.zeros(len(decoded.rows), np.bool_)
     if cache is not None and (there := cache.proves(view, decoded.rows)).any():
@@ -64,4 +65,29 @@ def render(
         places = np.flatnonzero(segments == segment)
         pixels_BCHW[places] = loader.views(decoded.at(places), view).pixels_BCHW
     broken = frozenset(row for row, _ in decoded.broken)
+    if changed:
+        found = dict(zip(decoded.rows.tolist(), pixels_BCHW, strict=True))
+        placed = [row for row in rows if row not in broken]
+        black = torch.zeros(shape, dtype=torch.uint8)
+        pixels_BCHW = torch.stack([found.get(row, black) for row in placed])
+        return Rendered(np.array(placed), pixels_BCHW, as_unsigned(pixel_digests(pixels_BCHW)), broken | changed)
     return Rendered(decoded.rows, pixels_BCHW, as_unsigned(pixel_digests(pixels_BCHW)), broken)
+
+
+def _decode(loader: ViewLoader, rows: Sequence[int]) -> tuple[Decoded, set[int]]:
+    """Those of the rows that are what the teacher saw, and those that are not."""
+    changed: set[int] = set()
+    while True:
+        try:
+            return loader.decode([row for row in rows if row not in changed]), changed
+        except MismatchError:
+            # It names a sample; which row that is, only trying tells.
+            changed.add(next(row for row in rows if row not in changed and _is_changed(loader, row)))
+
+
+def _is_changed(loader: ViewLoader, row: int) -> bool:
+    try:
+        loader.decode([row])
+    except MismatchError:
+        return True
+    return False

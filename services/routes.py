@@ -30,7 +30,9 @@ async def livez(request: Request) -> Probe:
 @router.get("/readyz")
 async def readyz(request: Request) -> Probe:
     """Teachers are warm, queues under the mark, answers can be recorded, and the server is not on its way out."""
-    reasons = service_of(request).not_ready()
+    service = service_of(request)
+    await service.look_again()
+    reasons = service.not_ready()
     if reasons:
         raise Problem(503, "server", "must be ready", "; ".join(reasons), "Try again.", {"Retry-After": "1"})
     return Probe(status="ready")
@@ -40,7 +42,7 @@ async def readyz(request: Request) -> Probe:
 async def teachers(request: Request) -> TeacherList:
     """The cards of all teachers that this key may ask."""
     service, policy = service_of(request), caller_of(request).policy
-    return TeacherList(teachers=tuple(one.card(service.settings, policy) for one in _allowed(service, policy)))
+    return TeacherList(teachers=tuple([await _card(service, one, policy) for one in _allowed(service, policy)]))
 
 
 @router.get("/v1/usage")
@@ -67,8 +69,13 @@ async def card(name: str, request: Request) -> Response:
     known = request.headers.get("if-none-match")
     if known is not None and names_digest("If-None-Match", known, served.digest, weak=True):
         return Response(status_code=304, headers=headers)
-    found = served.card(service.settings, caller_of(request).policy)
+    found = await _card(service, served, caller_of(request).policy)
     return JSONResponse(found.model_dump(mode="json"), headers=headers)
+
+
+async def _card(service: Service, served: ServedTeacher, policy: Policy) -> TeacherCard:
+    dataset = None if served.library is None else await service.read(served.name, served.library.card)
+    return served.card(service.settings, policy, dataset)
 
 
 def service_of(request: Request) -> Service:

@@ -20,6 +20,8 @@ from teacher_cache.errors import SpecError, TeacherCacheError
 
 _log = logging.getLogger("services")
 T = TypeVar("T")
+_LOOK_SECONDS = 1.0
+"""That a probe waits for the thread that reads a cache."""
 
 
 @dataclass
@@ -92,7 +94,11 @@ class Service:
             if served.library is None:
                 continue
             try:
-                await self.read(name, served.library.refresh)
+                async with asyncio.timeout(_LOOK_SECONDS):
+                    await self.read(name, served.library.refresh)
+            except TimeoutError:
+                # It is at work, on what it could open.
+                continue
             except Problem:
                 self.unreadable.add(name)
             else:

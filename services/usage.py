@@ -87,6 +87,22 @@ class Usage:
         if self._take(ticket) is not None:
             self._paid_off[ticket.key] -= _cost(ticket)
 
+    def reduce(self, ticket: Ticket, smaller: Ticket) -> None:
+        """What was reserved becomes less; does nothing where nothing is reserved.
+
+        Args:
+            ticket: as it was reserved.
+            smaller: of the same key, in its place.
+        """
+        day = self._take(ticket)
+        if day is None:
+            return
+        self._paid_off[ticket.key] += _cost(smaller) - _cost(ticket)
+        self._reserved[smaller] = day
+        self._images[smaller.key, day] += smaller.images
+        new = smaller.digests - self._file.seen(smaller.key, smaller.digests)
+        self._digests.setdefault(smaller.key, Counter()).update(new)
+
     def settle(self, ticket: Ticket) -> None:
         """What was reserved is spent.
 

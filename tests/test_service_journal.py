@@ -279,7 +279,7 @@ def test_a_key_that_may_bring_no_images_builds_by_name_or_not_at_all(
         url = f"{base}/colour"
         tc.build(elsewhere(spec, tmp_path / "cache", model=url, api_key=key), executor="serial")
         assert data_of(tmp_path / "cache") == data_of(folder / "local")
-        with pytest.raises(ServiceError, match="may bring no images"):
+        with pytest.raises(TeacherError, match="must be allowed to bring images"):
             tc.build(elsewhere(spec, tmp_path / "none", model=url, api_key=other), executor="serial")
         with TeacherClient(url, other) as client, pytest.raises(ServiceError, match="datasets"):
             client.lookup(KEYS[:1])

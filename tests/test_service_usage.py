@@ -252,7 +252,7 @@ def test_whatever_happens_budgets_hold_and_nothing_is_lost(steps: list[tuple[str
 def test_images_are_known_by_their_pixels() -> None:
     images = views(4)
     images[3] = images[0]
-    assert len(image_digests(images)) == 3
+    assert len(set(image_digests(images))) == 3
     assert image_digests(images[:1]) == image_digests(images[3:])
     assert image_digests(images[:1]) != image_digests(images[:1].reshape(1, 3, 4, 16))
     changed = images[:1].clone()

@@ -1,4 +1,4 @@
-"""What should hold of answers from the cache, of the journal, and of questions by name: found by a second reader."""
+"""What holds of answers from the cache, of the journal, and of questions by name, whatever changes meanwhile."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_an_answer_computed_in_other_micro_batches_is_not_adopted_by_a_build(
     folder: Path, tmp_path: Path, serve: Serve
 ) -> None:
     """A service of micro-batches of 16 answers 8 images that are sent; a build asks in micro-batches of 8."""
-    spec = colour_spec(folder, "unused", model="test_rev_findings:SizeNet")
+    spec = colour_spec(folder, "unused", model="test_service_answers:SizeNet")
     plain = elsewhere(spec, tmp_path / "plain")
     tc.build(plain, executor="serial")
     server = serve(elsewhere(spec, tmp_path / "x", micro_batch=16), journal=tmp_path / "journal")
@@ -125,7 +125,7 @@ def test_an_answer_computed_in_other_micro_batches_is_not_a_kept_one(
     folder: Path, tmp_path: Path, serve: Serve
 ) -> None:
     """The same journal, and a micro-batch that was changed between two runs of the service."""
-    spec = colour_spec(folder, "unused", model="test_rev_findings:SizeNet")
+    spec = colour_spec(folder, "unused", model="test_service_answers:SizeNet")
     views = torch.randint(1, 99, (8, 3, 8, 8), dtype=torch.uint8)
     serve(elsewhere(spec, tmp_path / "x", micro_batch=16), journal=tmp_path / "journal").client.predict(views)
     assert told(serve(spec, journal=tmp_path / "journal").client.predict(views).status) == {Status.COMPUTED}
@@ -195,7 +195,7 @@ def test_an_image_is_answered_beside_one_that_breaks_the_teacher_and_was_not_ask
 ) -> None:
     images = np.load(folder / "images.npy") // 2
     images[3] = 255
-    spec = colour_spec(tmp_path, "unused", model="test_rev_findings:WhiteFails")
+    spec = colour_spec(tmp_path, "unused", model="test_service_answers:WhiteFails")
     np.save(tmp_path / "images.npy", images)
     server = serve(spec, from_cache=False)
     for keys in ([KEYS[0], KEYS[1]], [KEYS[0]]):
@@ -204,7 +204,7 @@ def test_an_image_is_answered_beside_one_that_breaks_the_teacher_and_was_not_ask
 
 
 def test_a_service_runs_in_the_micro_batches_that_fitted_the_build(tmp_path: Path, folder: Path) -> None:
-    spec = colour_spec(folder, "unused", model="test_rev_findings:FourFit")
+    spec = colour_spec(folder, "unused", model="test_service_answers:FourFit")
     compute = spec.compute.model_copy(update={"on_oom": "halve"})
     spec = spec.model_copy(update={"cache": str(tmp_path / "cache"), "compute": compute})
     tc.build(spec, executor="serial")
@@ -606,7 +606,7 @@ def test_bits_of_other_numerics_are_not_the_exact_ones(tmp_path: Path, folder: P
 
 def test_a_teacher_that_came_second_to_a_cache_is_answered_by_its_own_rows(tmp_path: Path, folder: Path) -> None:
     first = fresh(tmp_path, folder)
-    second = elsewhere(first, Path(first.cache), name="other", model="test_rev_findings:SizeNet")
+    second = elsewhere(first, Path(first.cache), name="other", model="test_service_answers:SizeNet")
     tc.build(second, executor="serial")
     cache = tc.open(first.cache)
     served = open_served(second)
