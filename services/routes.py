@@ -93,7 +93,9 @@ async def predict(name: str, request: Request, options: Annotated[PredictOptions
             await admit(request, service.books, asked, len(views_BCHW), digests)
             # Hashing a large body would keep the event loop from everyone else.
             identity = await asyncio.to_thread(wire.identity_of, views_BCHW)
-            found = await _ask(request, batcher.submit(views_BCHW, wanted.fields, deadline, identity))
+            found = await _ask(
+                request, batcher.submit(views_BCHW, wanted.fields, caller_of(request).name, deadline, identity)
+            )
     except (TimeoutError, Expired):
         hint = "Allow more time, or send fewer images."
         raise Problem(504, "X-Deadline-Ms", "passed before the answer was there", "late", hint) from None
@@ -134,7 +136,7 @@ async def _views(
 ) -> tuple[Tensor, bool]:
     """The body as uint8 [N, C, H, W], and whether it was resized. Decoding leaves the event loop free."""
     data = await _body(request, settings)
-    batcher.require_room(1)
+    batcher.require_room(caller_of(request).name, 1)
     if media_type != wire.MEDIA_TYPE:
         return await asyncio.to_thread(images.decode, data, media_type, served.view_shape, settings.max_pixels)
     try:

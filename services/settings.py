@@ -27,6 +27,10 @@ class Settings(Strict):
     max_pixels: int = Field(default=2**25, gt=0, description="width × height of one encoded image")
     body_seconds: float = Field(default=60.0, gt=0, le=3600, description="for one request's whole body to arrive")
     queue_images: int = Field(default=4096, gt=0, description="images that may wait for one teacher")
+    queue_bytes: int = Field(default=2**28, gt=0, description="of them, as the teacher sees them")
+    queue_seconds: float = Field(
+        default=10.0, gt=0, le=600, description="that a request may wait before its work begins, as far as can be told"
+    )
     drain_seconds: float = Field(
         default=1.0, ge=0, le=600, description="from SIGTERM (readyz turns 503) to the closed door"
     )

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from torch import Tensor
 
 from services.policy import Policy
 from services.schemas import OUTPUTS, FieldCard, InputCard, LimitsCard, NumericsCard, TeacherCard
@@ -37,10 +40,17 @@ class ServedTeacher:
     threads: int = 1
     """torch threads of the thread that runs it; more or fewer can change a logit's last bit."""
     device: str = "cpu"
+    example_CHW: Tensor | None = field(default=None, repr=False, compare=False)
+    """A view that it is warmed with, uint8; None warms it with zeros."""
 
     def __post_init__(self) -> None:
         if self.micro_batch < 1 or self.threads < 1 or len(self.view_shape) != 3:
             raise ValueError(f"impossible: {self.micro_batch=} {self.threads=} {self.view_shape=}")
+
+    @property
+    def view_bytes(self) -> int:
+        """Of one uint8 input."""
+        return math.prod(self.view_shape)
 
     @property
     def digest(self) -> str:
@@ -83,10 +93,10 @@ class ServedTeacher:
 
 def _require_servable(spec: BuildSpec) -> None:
     reasons = {"flow": "a request names its fields with commas between them", "saliency": "requests bring no labels"}
-    for field in spec.teacher.fields:
-        reason = reasons.get(base_of(field).partition(":")[0])
+    for name in spec.teacher.fields:
+        reason = reasons.get(base_of(name).partition(":")[0])
         if reason is not None:
-            raise TeacherError(f"teacher.fields.{field}", f"cannot be served: {reason}", field, "Leave it out.")
+            raise TeacherError(f"teacher.fields.{name}", f"cannot be served: {reason}", name, "Leave it out.")
 
 
 def open_served(spec: BuildSpec) -> ServedTeacher:
@@ -111,10 +121,11 @@ def open_served(spec: BuildSpec) -> ServedTeacher:
         micro_batch=spec.teacher.micro_batch,
         class_names=spec.teacher.class_names or opened.source.class_names,
         field_shapes=dict(sorted(shapes.items())),
-        pools={name: field.pool for name, field in spec.teacher.fields.items()},
+        pools={name: given.pool for name, given in spec.teacher.fields.items()},
         normalize=spec.teacher.normalize or opened.recipe.normalize,
         precision=spec.teacher.precision,
         channels_last=spec.teacher.channels_last,
         threads=spec.compute.threads,
         device=resolve_device(spec.compute.device),
+        example_CHW=views.pixels_BCHW[0].cpu(),
     )
