@@ -1,10 +1,11 @@
-"""`teacher-serve CONFIG`: serves the teacher of a build's configuration. `predict`, `keys`, `audit` are beside it."""
+"""`teacher-serve CONFIG…`: serves the teachers of builds' configurations. `predict`, `keys`, `audit` are beside it."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import json
+import math
 import os
 import signal
 import socket
@@ -28,10 +29,11 @@ from services.teachers import open_served
 from services.transport import KEY_VARIABLE
 from teacher_cache import console
 from teacher_cache.errors import SpecError
-from teacher_cache.spec import load_spec, parse
+from teacher_cache.spec import BuildSpec, load_spec, parse
 
 _SERVICE = "service."
 _DRAIN_LIMIT = 30
+"""Seconds beside those that may be queued."""
 
 
 class _ServeUnlessSaid(TyperGroup):
@@ -69,10 +71,10 @@ class _Server(uvicorn.Server):
 
 
 def serve(
-    config: Annotated[Path, typer.Argument(help="The build's YAML file.", show_default=False)],
+    configs: Annotated[list[Path], typer.Argument(help="The builds' YAML files.", show_default=False)],
     overrides: Annotated[
         list[str] | None,
-        typer.Option("--set", help="KEY=VALUE of the configuration, or service.KEY=VALUE of a limit."),
+        typer.Option("--set", help="KEY=VALUE of every configuration, or service.KEY=VALUE of a limit."),
     ] = None,
     host: Annotated[str, typer.Option(help="Address; beyond loopback a key is needed.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port; 0 takes a free one.")] = 8000,
@@ -80,32 +82,46 @@ def serve(
         Path | None,
         typer.Option(help="Folder of keys, usage and audit (`teacher-serve keys`); nobody comes in without one."),
     ] = None,
-    name: Annotated[str | None, typer.Option(help="Last part of the URL; default: teacher.name.")] = None,
+    name: Annotated[str | None, typer.Option(help="Last part of one teacher's URL; default: teacher.name.")] = None,
 ) -> None:
-    """Serves a teacher's answers over HTTP, without its weights.
+    """Serves teachers' answers over HTTP, without their weights. Each has its own name, queue and threads.
 
     One key that may ask everything is read from TEACHER_API_KEY; others, with limits, are in the --state folder.
     """
     given = overrides or []
     settings = _settings(given, host, port, state)
-    ours = [item for item in given if not item.startswith(_SERVICE)]
-    named = [] if name is None else [f"teacher.name={json.dumps(name)}"]
-    spec = load_spec(config, [*ours, *named])
+    specs = _specs(configs, [item for item in given if not item.startswith(_SERVICE)], name)
     with _bind(settings) as listener, contextlib.closing(Books(settings)) as books:
-        served = open_served(spec)
-        app = create_app({served.name: served}, settings, books)
+        teachers = {served.name: served for served in map(open_served, specs)}
+        app = create_app(teachers, settings, books)
         address = f"[{host}]" if ":" in host else host
-        url = f"http://{address}:{listener.getsockname()[1]}/{served.name}"
-        print(f"serving {served.name}, digest {served.digest}, at {url}", flush=True)
+        for served in teachers.values():
+            url = f"http://{address}:{listener.getsockname()[1]}/{served.name}"
+            print(f"serving {served.name}, digest {served.digest}, at {url}", flush=True)
         server = uvicorn.Config(
             app,
             log_level="warning",
             access_log=False,
             server_header=False,
             ws="none",
-            timeout_graceful_shutdown=_DRAIN_LIMIT,
+            timeout_graceful_shutdown=_DRAIN_LIMIT + math.ceil(settings.queue_seconds),
         )
         _Server(server, app.state.service).run(sockets=[listener])
+
+
+def _specs(configs: list[Path], overrides: list[str], name: str | None) -> list[BuildSpec]:
+    """What is served, each under a name of its own."""
+    if name is not None and len(configs) > 1:
+        hint = "Set teacher.name in each configuration."
+        raise SpecError("--name", "names one teacher", f"{name} for {len(configs)} configurations", hint)
+    named = [] if name is None else [f"teacher.name={json.dumps(name)}"]
+    specs = [load_spec(config, [*overrides, *named]) for config in configs]
+    names = [spec.teacher.name for spec in specs]
+    twice = next((one for one in names if names.count(one) > 1), None)
+    if twice is not None:
+        hint = "It is the last part of the URL: give each configuration another one."
+        raise SpecError("teacher.name", "must be another for each teacher that is served", twice, hint)
+    return specs
 
 
 def _settings(overrides: list[str], host: str, port: int, state: Path | None) -> Settings:

@@ -10,14 +10,17 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 import pytest
+import torch
 import yaml
 from toy_service_models import colour_spec, views, wait_until
 
+import teacher_cache as tc
 from services.__main__ import _bind, main
 from services.client import Prediction, TeacherClient
 from services.settings import Settings
@@ -100,6 +103,37 @@ def test_it_answers_drains_and_ends_with_0(config: Path) -> None:
     assert (code, errors) == (0, "")
 
 
+def test_several_teachers_are_served_side_by_side(config: Path, tmp_path: Path) -> None:
+    """Each has its own number of threads, and the bits of its own serial build."""
+    wide = {"model": "toy_service_models:WideNet", "fields": {"logits": {"encoding": "dense_f32"}}}
+    configs, caches = [], {}
+    for threads in (1, 2):
+        spec = colour_spec(tmp_path, f"cache-{threads}", name=f"wide-{threads}", **wide)
+        spec = spec.model_copy(update={"compute": spec.compute.model_copy(update={"threads": threads})})
+        tc.build(spec, executor="serial")
+        caches[spec.teacher.name] = tc.open(tmp_path / f"cache-{threads}")
+        configs.append(tmp_path / f"{threads}.yaml")
+        configs[-1].write_text(yaml.safe_dump(spec.model_dump(mode="json")))
+    rows = list(range(8))  # The first micro-batch of the first shard.
+    expected = {name: torch.as_tensor(cache.read("logits", view=0, rows=rows).values) for name, cache in caches.items()}
+    assert not torch.equal(expected["wide-1"], expected["wide-2"])
+    with started(configs[0], str(configs[1]), "--set", "service.max_images=8") as (process, url):
+        base = url.rpartition("/")[0]
+        assert [one["name"] for one in httpx.get(f"{base}/v1/teachers").json()["teachers"]] == ["wide-1", "wide-2"]
+        clients = {name: TeacherClient(f"{base}/{name}") for name in caches}
+        with ThreadPoolExecutor(8) as pool:
+            images = torch.as_tensor(caches["wide-1"].render(view=0, rows=rows))
+            asked = [
+                (name, pool.submit(clients[name].predict, images)) for name in (*caches, *caches) for _ in range(4)
+            ]
+            for name, answer in asked:
+                assert torch.equal(torch.as_tensor(answer.result(30).values), expected[name])
+        for client in clients.values():
+            client.close()
+        process.send_signal(signal.SIGTERM)
+        assert ended(process)[0] == 0
+
+
 def test_the_served_key_is_required(config: Path) -> None:
     with started(config, "--set", "service.max_images=8", key="some-key") as (process, url):
         base = url.rpartition("/")[0]
@@ -154,6 +188,9 @@ def test_a_port_in_use_is_said_at_once(
         (["--state", "/proc/none", "--port", "0"], "state: must be a writable folder"),
         (["--set", "teacher.micro_batch=0"], "teacher.micro_batch"),
         (["--name", "no/slash"], "teacher.name"),
+        (["SAME"], "teacher.name: must be another for each teacher"),
+        (["SAME", "--name", "mine"], "--name: names one teacher"),
+        (["--set", "service.queue_bytes=9", "--port", "0"], "queue_bytes: must hold the largest request to colour"),
         (["--port", "65536"], "port"),
     ],
 )
@@ -165,7 +202,8 @@ def test_wrong_requests_end_with_2_and_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.delenv("TEACHER_API_KEY", raising=False)
-    assert words in refused(monkeypatch, capsys, str(config), *arguments)
+    given = [str(config) if argument == "SAME" else argument for argument in arguments]
+    assert words in refused(monkeypatch, capsys, str(config), *given)
 
 
 def test_an_address_of_another_machine_is_explained(

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from toy_batching import LOGITS, ME, batching, blocked, logits_of
 from toy_service_models import (
     CLASSES,
     SHAPE,
-    ColourNet,
     ToyTeacher,
+    WideNet,
     open_gate,
     toy_logits,
     toy_served,
@@ -159,29 +159,13 @@ def test_who_asks_what_a_flood_asks_too_does_not_wait_as_long() -> None:
 # ---------------------------------------------------------------- threads
 
 
-class Wide(nn.Module):
-    """Adds the sum of many numbers, whose last bit depends on the number of threads that add it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = ColourNet()
-        generator = torch.Generator().manual_seed(1)
-        self.register_buffer("many", torch.randn(200_000, generator=generator))
-
-    def forward(self, images_BCHW: Tensor) -> Tensor:
-        """As `ColourNet`, and something more."""
-        logits: Tensor = self.inner(images_BCHW) + self.get_buffer("many").sum()
-        return logits
-
-
 def test_teachers_beside_each_other_keep_their_threads_and_their_bits() -> None:
-    """A number that one thread sets is what another one gets that has not asked before."""
     before = torch.get_num_threads()
     alone, together = {}, {}
     fields = {"logits": FieldSpec()}
     served = {
         threads: replace(
-            toy_served(TorchTeacher(Wide(), {"wide": threads}, fields), threads=threads, name=f"wide-{threads}"),
+            toy_served(TorchTeacher(WideNet(), {"wide": threads}, fields), threads=threads, name=f"wide-{threads}"),
             field_shapes={"logits": (CLASSES,)},
         )
         for threads in (1, 2, 3)
@@ -203,6 +187,25 @@ def test_teachers_beside_each_other_keep_their_threads_and_their_bits() -> None:
     finally:
         for batcher in batchers.values():
             batcher.stop()
+    assert torch.get_num_threads() == before
+
+
+class Meddled(ToyTeacher):
+    """Beside it another thread sets a number of threads of its own."""
+
+    def __call__(self, views_BCHW: Tensor) -> dict[str, Tensor]:
+        other = threading.Thread(target=torch.set_num_threads, args=(5,))
+        other.start()
+        other.join()
+        return super().__call__(views_BCHW)
+
+
+def test_a_number_that_another_thread_sets_is_not_taken_over() -> None:
+    before = torch.get_num_threads()
+    teacher = open_gate(Meddled())
+    with batching(teacher, threads=3) as batcher:
+        logits_of(batcher.submit(views(1), LOGITS, ME))
+    assert set(teacher.threads) == {3}
     assert torch.get_num_threads() == before
 
 
