@@ -10,13 +10,14 @@ from PIL import Image
 from torch import Tensor
 
 from services.problems import Problem
+from services.tensor_body import Buffer
 from teacher_cache.sources.base import to_chw
 from teacher_cache.views.operations import CenterCrop, Resize
 
 FORMATS = {"image/jpeg": "JPEG", "image/png": "PNG", "image/webp": "WEBP"}
 
 
-def decode(data: bytes, media_type: str, view_shape: tuple[int, int, int], max_pixels: int) -> tuple[Tensor, bool]:
+def decode(data: Buffer, media_type: str, view_shape: tuple[int, int, int], max_pixels: int) -> tuple[Tensor, bool]:
     """Decodes, converts to the teacher's channels, and brings to its size where that differs.
 
     Args:
@@ -40,7 +41,7 @@ def decode(data: bytes, media_type: str, view_shape: tuple[int, int, int], max_p
     return _fit(image_CHW, view_shape[1], view_shape[2], max_pixels)[None], True
 
 
-def _pixels(data: bytes, media_type: str, mode: str, max_pixels: int) -> Tensor:
+def _pixels(data: Buffer, media_type: str, mode: str, max_pixels: int) -> Tensor:
     kind = FORMATS[media_type]
     try:
         with Image.open(io.BytesIO(data), formats=[kind]) as image:

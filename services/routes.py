@@ -150,7 +150,7 @@ async def _views(
     return views_BCHW, False
 
 
-async def _body(request: Request, settings: Settings) -> bytes:
+async def _body(request: Request, settings: Settings) -> bytearray:
     """Reads the body, and stops where it grows too long or takes too long, whatever its headers say."""
     try:
         async with asyncio.timeout(settings.body_seconds) as limit:
@@ -162,7 +162,7 @@ async def _body(request: Request, settings: Settings) -> bytes:
         raise Problem(408, "body", rule, "not all of it", "Send less at a time.", {"Connection": "close"}) from None
 
 
-async def _read(request: Request, most: int) -> bytes:
+async def _read(request: Request, most: int) -> bytearray:
     rule, hint = f"must be at most {most} bytes", "Send fewer images a request."
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > most:
@@ -172,7 +172,8 @@ async def _read(request: Request, most: int) -> bytes:
         data += chunk
         if len(data) > most:
             raise Problem(413, "body", rule, "more", hint)
-    return bytes(data)
+    # As it is: a copy of a large body would keep everyone else waiting.
+    return data
 
 
 async def _ask(request: Request, asked: Future[Fields]) -> Fields:
@@ -208,5 +209,4 @@ def _response(fields: Fields, served: ServedTeacher, wanted: Wanted, resized: bo
     if tensors:
         body = wire.pack_tensors(answer, answers.metadata(served, wanted, resized))
         return Response(body, media_type=wire.MEDIA_TYPE)
-    found = answers.as_json(answer, served, wanted, resized)
-    return Response(found.model_dump_json(exclude_none=True), media_type="application/json")
+    return Response(answers.as_json(answer, served, wanted, resized), media_type="application/json")

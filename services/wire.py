@@ -1,17 +1,18 @@
-"""safetensors bodies, both ways. The library checks lengths, offsets and overlaps; nothing is ever unpickled."""
+"""safetensors bodies, both ways. Lengths, offsets and overlaps are checked; nothing is ever unpickled."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Any, TypedDict
+from typing import Any
 
 import numpy as np
-import safetensors
 import safetensors.numpy
 import torch
 from torch import Tensor
+
+from services.tensor_body import Buffer, LayoutError, Part, parts_of
 
 MEDIA_TYPE = "application/safetensors"
 _DTYPES: dict[str, np.dtype[Any]] = {
@@ -19,14 +20,6 @@ _DTYPES: dict[str, np.dtype[Any]] = {
     "I32": np.dtype(np.int32),
     "F32": np.dtype(np.float32),
 }
-
-
-class _Part(TypedDict):
-    """One tensor as the library gives it."""
-
-    dtype: str
-    shape: list[int]
-    data: bytearray
 
 
 class WireError(ValueError):
@@ -49,7 +42,7 @@ def pack_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | No
     return bytes(safetensors.numpy.save(arrays, dict(metadata) if metadata else None))
 
 
-def unpack_tensors(data: bytes) -> dict[str, Tensor]:
+def unpack_tensors(data: Buffer) -> dict[str, Tensor]:
     """A body to tensors of their own memory.
 
     Raises:
@@ -57,15 +50,15 @@ def unpack_tensors(data: bytes) -> dict[str, Tensor]:
     """
     tensors = {}
     for name, part in _parts(data).items():
-        dtype = _DTYPES.get(part["dtype"])
+        dtype = _DTYPES.get(part.dtype)
         if dtype is None:
-            raise WireError(name[:80], f"must be one of {', '.join(_DTYPES)}", part["dtype"])
+            raise WireError(name[:80], f"must be one of {', '.join(_DTYPES)}", part.dtype)
         # A copy: the tensor must be writable, and outlive the body.
-        tensors[name] = torch.from_numpy(np.array(np.frombuffer(part["data"], dtype))).reshape(part["shape"])
+        tensors[name] = torch.from_numpy(np.array(np.frombuffer(part.data, dtype))).reshape(part.shape)
     return tensors
 
 
-def unpack_metadata(data: bytes) -> dict[str, str]:
+def unpack_metadata(data: Buffer) -> dict[str, str]:
     """The strings of a body that `unpack_tensors` has accepted."""
     length = int.from_bytes(data[:8], "little")
     found = json.loads(data[8 : 8 + length]).get("__metadata__") or {}
@@ -92,7 +85,7 @@ def pack_images(images_BCHW: Tensor) -> bytes:
     return pack_tensors({"images": images_BCHW.permute(0, 2, 3, 1)})
 
 
-def unpack_images(data: bytes, view_shape: tuple[int, int, int]) -> Tensor:
+def unpack_images(data: Buffer, view_shape: tuple[int, int, int]) -> Tensor:
     """A body with `images` U8 [N, H, W, C], and nothing else, to uint8 [N, C, H, W].
 
     Args:
@@ -106,20 +99,19 @@ def unpack_images(data: bytes, view_shape: tuple[int, int, int]) -> Tensor:
     if list(parts) != ["images"]:
         raise WireError("body", "must hold one tensor, `images`", sorted(name[:20] for name in parts)[:4])
     part, (channels, height, width) = parts["images"], view_shape
-    if part["dtype"] != "U8":
-        raise WireError("images", "must be U8", part["dtype"])
-    shape = tuple(part["shape"])
+    if part.dtype != "U8":
+        raise WireError("images", "must be U8", part.dtype)
+    shape = part.shape
     if len(shape) != 4 or shape[1:] != (height, width, channels):
         raise WireError("images", f"must be [N, {height}, {width}, {channels}]", list(shape))
     if shape[0] == 0:
         raise WireError("images", "must hold at least one image", list(shape))
-    images_NHWC = np.frombuffer(part["data"], np.uint8).reshape(shape)
+    images_NHWC = np.frombuffer(part.data, np.uint8).reshape(shape)
     return torch.from_numpy(np.array(images_NHWC.transpose(0, 3, 1, 2), order="C"))
 
 
-def _parts(data: bytes) -> dict[str, _Part]:
+def _parts(data: Buffer) -> dict[str, Part]:
     try:
-        return dict(safetensors.deserialize(data))  # type: ignore[no-untyped-call]
-    except safetensors.SafetensorError:
-        # The library's own words can quote the header, which is the sender's content.
+        return parts_of(data)
+    except LayoutError:
         raise WireError("body", "must be safetensors", f"{len(data)} bytes that are not") from None
