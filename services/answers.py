@@ -79,10 +79,10 @@ def metadata(teacher: ServedTeacher, wanted: Wanted, resized: bool) -> dict[str,
     return found if wanted.rounding is None else {**found, "rounding": repr(wanted.rounding)}
 
 
-def as_json(tensors: dict[str, Tensor], teacher: ServedTeacher, wanted: Wanted, resized: bool) -> bytes:
+def as_json(tensors: dict[str, Tensor], teacher: ServedTeacher, wanted: Wanted, resized: bool) -> list[bytes]:
     """The same as the JSON of `Predictions`, with class names beside the indices where the teacher has them.
 
-    Rows are written a few at a time: one call for a million numbers would let no other thread run.
+    In pieces, each of a few rows: one call for a million numbers would let no other thread run.
     """
     columns = {name: _columns(value) for name, value in tensors.items()}
     if teacher.class_names is not None and "indices" in tensors:
@@ -96,11 +96,16 @@ def as_json(tensors: dict[str, Tensor], teacher: ServedTeacher, wanted: Wanted, 
         rounding=wanted.rounding,
         **{name: [] for name in columns},
     )
-    members = []
+    pieces = list[bytes]()
     for name, value in frame.model_dump(mode="json", exclude_none=True).items():
-        written = b",".join(columns[name]).join((b"[", b"]")) if name in columns else to_json(value)
-        members.append(b'"%s":%s' % (name.encode(), written))
-    return b",".join(members).join((b"{", b"}"))
+        pieces.append(b'%s"%s":' % (b"," if pieces else b"{", name.encode()))
+        if name not in columns:
+            pieces.append(to_json(value))
+            continue
+        for number, rows in enumerate(columns[name]):
+            pieces.append((b"," if number else b"[") + rows)
+        pieces.append(b"]")
+    return [*pieces, b"}"]
 
 
 def _columns(values: Tensor) -> Iterator[bytes]:

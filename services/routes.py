@@ -18,6 +18,7 @@ from services import answers, images, wire
 from services.admission import admit, caller_of, image_digests, require, visit_of
 from services.batching import Batcher
 from services.headers import answers_tensors, deadline_of, media_type_of, names_digest
+from services.large_response import LargeResponse
 from services.options import OptionError, PredictOptions, Wanted, resolve
 from services.policy import Asked
 from services.problems import Problem
@@ -25,6 +26,7 @@ from services.schemas import Predictions, Probe, TeacherCard, TeacherList, Usage
 from services.settings import Settings
 from services.state import Service
 from services.teachers import ServedTeacher
+from services.upload import read_body
 from services.work import Expired, Fields, QueueFull, TeacherFailed
 
 router = APIRouter()
@@ -135,7 +137,7 @@ async def _views(
     request: Request, settings: Settings, served: ServedTeacher, batcher: Batcher, media_type: str
 ) -> tuple[Tensor, bool]:
     """The body as uint8 [N, C, H, W], and whether it was resized. Decoding leaves the event loop free."""
-    data = await _body(request, settings)
+    data = await read_body(request, settings)
     batcher.require_room(caller_of(request).name, 1)
     if media_type != wire.MEDIA_TYPE:
         return await asyncio.to_thread(images.decode, data, media_type, served.view_shape, settings.max_pixels)
@@ -148,32 +150,6 @@ async def _views(
         rule, hint = f"must hold at most {settings.max_images}", "Send several requests."
         raise Problem(413, "images", rule, len(views_BCHW), hint)
     return views_BCHW, False
-
-
-async def _body(request: Request, settings: Settings) -> bytearray:
-    """Reads the body, and stops where it grows too long or takes too long, whatever its headers say."""
-    try:
-        async with asyncio.timeout(settings.body_seconds) as limit:
-            return await _read(request, settings.max_body_bytes)
-    except TimeoutError:
-        if not limit.expired():
-            raise
-        rule = f"must arrive within {settings.body_seconds:g} seconds"
-        raise Problem(408, "body", rule, "not all of it", "Send less at a time.", {"Connection": "close"}) from None
-
-
-async def _read(request: Request, most: int) -> bytearray:
-    rule, hint = f"must be at most {most} bytes", "Send fewer images a request."
-    declared = request.headers.get("content-length", "")
-    if declared.isdigit() and int(declared) > most:
-        raise Problem(413, "body", rule, f"Content-Length {declared}", hint)
-    data = bytearray()
-    async for chunk in request.stream():
-        data += chunk
-        if len(data) > most:
-            raise Problem(413, "body", rule, "more", hint)
-    # As it is: a copy of a large body would keep everyone else waiting.
-    return data
 
 
 async def _ask(request: Request, asked: Future[Fields]) -> Fields:
@@ -208,5 +184,5 @@ def _response(fields: Fields, served: ServedTeacher, wanted: Wanted, resized: bo
     answer = answers.transform(fields, wanted)
     if tensors:
         body = wire.pack_tensors(answer, answers.metadata(served, wanted, resized))
-        return Response(body, media_type=wire.MEDIA_TYPE)
-    return Response(answers.as_json(answer, served, wanted, resized), media_type="application/json")
+        return LargeResponse([body], wire.MEDIA_TYPE)
+    return LargeResponse(answers.as_json(answer, served, wanted, resized), "application/json")

@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-Buffer = bytes | bytearray
+Buffer = bytes | bytearray | memoryview
 LONGEST_HEADER = 2**16
 _BITS = {"BOOL": 8, "U8": 8, "I8": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32}
 _BITS |= {"I64": 64, "U64": 64, "F64": 64}

@@ -61,7 +61,7 @@ def unpack_tensors(data: Buffer) -> dict[str, Tensor]:
 def unpack_metadata(data: Buffer) -> dict[str, str]:
     """The strings of a body that `unpack_tensors` has accepted."""
     length = int.from_bytes(data[:8], "little")
-    found = json.loads(data[8 : 8 + length]).get("__metadata__") or {}
+    found = json.loads(bytes(data[8 : 8 + length])).get("__metadata__") or {}
     return {str(key): str(value) for key, value in found.items()}
 
 

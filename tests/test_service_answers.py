@@ -27,7 +27,7 @@ def test_rows_that_are_written_apart_are_the_document_of_the_schema(count: int, 
     tensors = answers.transform({"logits": logits_BC}, wanted)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(answers, "_AT_ONCE", at_once)
-        written = answers.as_json(tensors, served, wanted, resized=True)
+        written = b"".join(answers.as_json(tensors, served, wanted, resized=True))
     found = Predictions.model_validate_json(written)
     assert found.model_dump_json(exclude_none=True).encode() == written
     plain = json.loads(written)
@@ -49,6 +49,6 @@ def test_no_call_writes_more_than_a_few_numbers(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(answers, "to_json", counted)
     served = toy_served(ToyTeacher())
     wanted = resolve(PredictOptions(), dict(served.field_shapes), tensors=False)
-    written = answers.as_json({"values": torch.rand(200, 1000)}, served, wanted, resized=False)
+    written = b"".join(answers.as_json({"values": torch.rand(200, 1000)}, served, wanted, resized=False))
     assert len(json.loads(written)["values"]) == 200
     assert max(sizes) <= answers._AT_ONCE

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -100,6 +101,59 @@ def test_it_answers_drains_and_ends_with_0(config: Path) -> None:
     assert statuses[-1] == 503
     assert answers[0].values is not None
     assert answers[0].values.shape == (32, 7)
+    assert (code, errors) == (0, "")
+
+
+LOAD = """
+import collections, json, sys, threading, httpx
+from services.wire import pack_images, unpack_tensors
+from toy_service_models import views
+base, names, found, over = sys.argv[1], sys.argv[2].split(","), collections.Counter(), threading.Event()
+headers = {"Content-Type": "application/safetensors", "X-Deadline-Ms": "60000"}
+def ask(number):
+    with httpx.Client(timeout=60) as client:
+        while not over.is_set():
+            count = 1 + (number + sum(found.values())) % 8
+            url = f"{base}/v1/teachers/{names[number % len(names)]}/predict"
+            images = views(count, 1000 * number + sum(found.values()))
+            try:
+                answer = client.post(url, content=pack_images(images), headers=headers)
+                whole = answer.status_code != 200 or unpack_tensors(answer.content)["values"].shape == (count, 7)
+                found[str(answer.status_code) if whole else "torn"] += 1
+            except httpx.HTTPError as error:
+                found[repr(error)] += 1
+threads = [threading.Thread(target=ask, args=(number,)) for number in range(16)]
+[thread.start() for thread in threads]
+print("asking", flush=True)
+while httpx.get(f"{base}/readyz").json().get("value") != "draining":
+    pass
+over.set()
+[thread.join() for thread in threads]
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+def test_under_load_everything_that_was_taken_on_is_answered(config: Path, tmp_path: Path) -> None:
+    """Two teachers, full queues, requests on their way to each: all that were sent while the door was open."""
+    other = tmp_path / "other.yaml"
+    described = yaml.safe_load(config.read_text())
+    described["teacher"]["name"] = "other"
+    other.write_text(yaml.safe_dump(described))
+    limits = ("service.drain_seconds=3", "service.max_images=8", "service.queue_images=8")
+    slow = [word for limit in limits for word in ("--set", limit)]
+    with started(config, str(other), "--set", "teacher.model=toy_service_models:SlowNet", *slow) as (process, url):
+        base = url.rpartition("/")[0]
+        asking = [sys.executable, "-c", LOAD, base, "colour,other"]
+        with subprocess.Popen(asking, env=dict(os.environ), stdout=subprocess.PIPE, text=True) as load:
+            assert load.stdout is not None
+            assert load.stdout.readline() == "asking\n"
+            time.sleep(1)
+            process.send_signal(signal.SIGTERM)
+            found = json.loads(load.communicate(timeout=60)[0])
+        code, errors = ended(process)
+    assert found.keys() == {"200", "503"}
+    assert min(found.values()) > 1
     assert (code, errors) == (0, "")
 
 
