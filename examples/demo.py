@@ -77,12 +77,15 @@ def ask_endpoint() -> bool:
         cache = tc.open(RUN / "cache")
         rows = list(range(100))
         with TeacherClient(f"http://127.0.0.1:{port}/wide_cnn") as client:
-            answer = client.predict(cache.render(view=3, rows=rows))
+            # By the model itself, which the cache would otherwise stand in for.
+            answer = client.predict(cache.render(view=3, rows=rows), cache="bypass")
+            named = client.predict_named([cache.samples.key(row) for row in rows], views=3)
         assert answer.values is not None, "logits were asked for"
         cached = cache.read("logits", view=3, rows=rows).dense().values
         same = torch.equal(answer.values.to(cached.dtype), cached)
         top = int(answer.values[0].argmax())
         print(f"asked for {len(rows)} views; the first is a {top}; equal to the cache, bit for bit: {same}")
+        print(f"asked by name, without an image: {', '.join({status.shown for status in named.status})}")
     finally:
         server.send_signal(signal.SIGTERM)
         server.wait(PATIENCE)

@@ -1,8 +1,10 @@
 """The same teachers over HTTP, for people who may have the answers but not the weights.
 
-A request's way: `app` (its id, whose key it brings, problems) → `routes` → `wire` or `images` (bytes to views) →
-`admission` (policy and budgets) → `batching` (the model in its own thread) → `answers` (temperature, k, rounding) →
-`wire` or JSON → `app` (what it cost is paid, and the audit has its line). `client` and
+A request's way: `app` (its id, whose key it brings, problems) → `predicting` → `body` → `wire` or `images` (bytes to
+views) or `naming` (keys and views) → `admission` (policy and budgets) → `planning` or `planning_named` (what the cache
+answers: `library`, `held`, `pixel_index`, `rendered`) → `answering` (`kept_answers`, then `batching`: the model in its
+own thread) → `answers` (temperature, k, rounding) → `responding` → `app` (what it cost is paid, and the audit has its
+line). `routes` are the other paths. `adopting` is a build that takes over what was kept. `client` and
 `async_client` are the other side, for people and programs. A precompute job whose teacher is elsewhere goes
 `http_teacher` → `paid_questions` → `journal` (found, or counted) → `replicas` → `transport`, and back into the journal.
 

@@ -92,7 +92,8 @@ def serve(
     settings = _settings(given, host, port, state)
     specs = _specs(configs, [item for item in given if not item.startswith(_SERVICE)], name)
     with _bind(settings) as listener, contextlib.closing(Books(settings)) as books:
-        teachers = {served.name: served for served in map(open_served, specs)}
+        opened = [open_served(spec, from_cache=settings.from_cache) for spec in specs]
+        teachers = {served.name: served for served in opened}
         app = create_app(teachers, settings, books)
         address = f"[{host}]" if ":" in host else host
         for served in teachers.values():

@@ -14,12 +14,11 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from services import page, predicting, routes
 from services.admission import require
 from services.books import Books, Unrecorded, Visit
-from services.identity import OPEN_PATHS
 from services.policy import Asked
 from services.problems import Problem, install, internal, unrecorded
-from services.routes import router
 from services.settings import Settings
 from services.state import make_service
 from services.teachers import ServedTeacher
@@ -43,19 +42,17 @@ def create_app(teachers: Mapping[str, ServedTeacher], settings: Settings, books:
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        service.books.start()
-        for batcher in service.batchers.values():
-            batcher.start()
+        service.start()
         yield
-        service.draining = True
-        for batcher in service.batchers.values():
-            await asyncio.to_thread(batcher.stop)
-        await asyncio.to_thread(service.books.close)
+        await asyncio.to_thread(service.stop)
 
     # The interactive pages of FastAPI load scripts from elsewhere; the schema itself is at /openapi.json.
     app = FastAPI(title="teacher-serve", lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.service = service
-    app.include_router(router)
+    app.include_router(routes.router)
+    app.include_router(predicting.router)
+    if settings.page:
+        app.include_router(page.router())
     install(app)
     app.add_middleware(Gate, books=service.books)
     return app
@@ -117,7 +114,7 @@ class _Door:
 
     async def send(self, message: Message) -> None:
         """ASGI's `send`, once the books are written."""
-        if message["type"] == "http.response.start" and self._scope["path"] not in OPEN_PATHS:
+        if message["type"] == "http.response.start" and self._scope["path"] not in self._books.doorkeeper.open_paths:
             self.visit.route = getattr(self._scope.get("route"), "path", None)
             await self._books.record(self.visit, message["status"])
         await self.send_unrecorded(message)

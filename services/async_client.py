@@ -11,9 +11,19 @@ from types import TracebackType
 import httpx
 from torch import Tensor
 
-from services.prediction import CARD, Prediction, Wish, ask_file, ask_images, read_card, read_prediction
+from services.prediction import (
+    CARD,
+    Prediction,
+    Wish,
+    ask_file,
+    ask_images,
+    ask_named,
+    read_card,
+    read_lookup,
+    read_prediction,
+)
 from services.retries import Patience, Retries
-from services.schemas import Output, TeacherCard
+from services.schemas import CacheUse, Output, TeacherCard
 from services.transport import Address, Asked, client_options
 
 __all__ = ["AsyncTeacherClient"]
@@ -79,10 +89,34 @@ class AsyncTeacherClient:
         fields: Sequence[str] = ("logits",),
         digest: str | None = None,
         deadline_ms: int | None = None,
+        cache: CacheUse = "prefer",
+        strict: bool = True,
     ) -> Prediction:
         """Asks for a batch; arguments and errors are those of `TeacherClient.predict`."""
-        wish = Wish(output, k, temperature, fields, digest, deadline_ms)
+        wish = Wish(output, k, temperature, fields, digest, deadline_ms, cache=cache, strict=strict)
         return await self._predict(ask_images(images_BCHW, wish))
+
+    async def predict_named(
+        self,
+        keys: Sequence[str],
+        views: int | Sequence[int] = 0,
+        *,
+        digests: Sequence[int] | None = None,
+        output: Output = "logits",
+        k: int | None = None,
+        temperature: float | None = None,
+        fields: Sequence[str] = ("logits",),
+        digest: str | None = None,
+        cache: CacheUse = "prefer",
+        strict: bool = True,
+    ) -> Prediction:
+        """Asks for samples of the service's data set; see `TeacherClient.predict_named`."""
+        wish = Wish(output, k, temperature, fields, digest, cache=cache, strict=strict)
+        return await self._predict(ask_named(keys, views, wish, digests=digests))
+
+    async def lookup(self, keys: Sequence[str], views: int | Sequence[int] = 0) -> tuple[str, ...]:
+        """What the service has; see `TeacherClient.lookup`."""
+        return read_lookup(self.url, await self._send(ask_named(keys, views, Wish(), path="/lookup")))
 
     async def predict_file(
         self,

@@ -9,8 +9,8 @@ from itertools import count
 
 from torch import Tensor
 
+from services.estimate import Estimate
 from services.lines import Lines
-from services.pace import Pace
 from services.work import Expired, Identity, Piece, QueueFull, Request
 
 _SHARE = 4
@@ -28,11 +28,11 @@ class Backlog:
             queue_images: how many images may wait, not counting the batch in the model.
             queue_seconds: how long a request may have to wait before its own work begins, as far as can be told.
         """
-        self._size, self._most, self._longest = micro_batch, queue_images, queue_seconds
+        self._size, self.most, self._longest = micro_batch, queue_images, queue_seconds
         self._numbers = count()
         self._asked: dict[tuple[Identity, tuple[str, ...]], Request] = {}
         """Questions on their way, whose answers others may share."""
-        self.lines, self.pace = Lines(micro_batch), Pace()
+        self.lines, self.estimate = Lines(micro_batch), Estimate()
         self.placed = 0
         """Images that wait in the open batch."""
         self.closed = False
@@ -46,8 +46,8 @@ class Backlog:
     @property
     def full(self) -> bool:
         """Whether a caller who has work here already would be sent away: the high-water mark."""
-        long = self.pace.mean * self.waiting / self._size > self._longest
-        return long or self.waiting * (_SHARE + 1) >= self._most * _SHARE
+        long = self.estimate.mean * self.waiting / self._size > self._longest
+        return long or self.waiting * (_SHARE + 1) >= self.most * _SHARE
 
     def known(self, identity: Identity | None, fields: tuple[str, ...]) -> Request | None:
         """The same question, while it is on its way."""
@@ -64,20 +64,29 @@ class Backlog:
             QueueFull: the images, the caller's share of them, the seconds, or the deadline leave no room.
             Expired: the deadline has passed.
         """
-        left, free = deadline - time.monotonic(), self._most - self.waiting
+        left, free = deadline - time.monotonic(), self.most - self.waiting
         if left <= 0:
             raise Expired
         own = self.lines.rows_of(caller) + images
         # As many must go first as make room; each makes one place free and the line one shorter.
         over = max(images - free, (own - _SHARE * free) / (_SHARE + 1))
         if over > 0:
-            raise self._come_back(self.pace.mean * over / self._size)
+            raise self._come_back(self.estimate.mean * over / self._size)
         before = self._seconds(self.lines.load_before(caller, 0))
         if before > self._longest:
             raise self._come_back(before - self._longest)
         late = self._seconds(self.lines.load_before(caller, images)) - left
-        if late > 0 and (self.waiting or self.pace.busy or self.pace.fresh):
+        if late > 0 and (self.waiting or self.estimate.busy or self.estimate.fresh):
             raise self._come_back(late)
+
+    def require_place(self, images: int) -> None:
+        """Whether so many more images may wait at all, whoever brings them.
+
+        Raises:
+            QueueFull: not now.
+        """
+        if (over := self.waiting + images - self.most) > 0:
+            raise self._come_back(self.estimate.mean * over / self._size)
 
     def add(self, request: Request, caller: str, pieces: Sequence[Tensor]) -> None:
         """A new question at the end of a line; others may join it where it has an identity."""
@@ -128,7 +137,7 @@ class Backlog:
             del self._asked[request.identity, request.fields]
 
     def _seconds(self, load: int) -> float:
-        return self.pace.seconds(math.ceil((self.placed + load) / self._size))
+        return self.estimate.seconds(math.ceil((self.placed + load) / self._size))
 
     @staticmethod
     def _come_back(seconds: float) -> QueueFull:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from services.backlog import Backlog
 from services.engine import Engine
+from services.load import Load
 from services.teachers import ServedTeacher
 from services.work import Fields, Identity, Request
 
@@ -45,6 +46,16 @@ class Batcher:
         return self._engine.warm
 
     @property
+    def load(self) -> Load:
+        """What the batches of the last seconds held."""
+        return self._engine.load
+
+    @property
+    def queue_images(self) -> int:
+        """How many images may wait."""
+        return self._backlog.most
+
+    @property
     def waiting(self) -> int:
         """Images that wait for the model."""
         return self._backlog.waiting
@@ -63,7 +74,12 @@ class Batcher:
         self._engine.stop()
 
     def require_room(self, caller: str, images: int, deadline: float = math.inf) -> None:
-        """Raises as `submit` would for so many images now."""
+        """Whether all that a caller is about to ask for may wait; to be asked once, before the first is submitted.
+
+        Raises:
+            QueueFull: too much waits, or so much that the deadline would pass (`Backlog.require_room`).
+            Expired: the deadline has passed.
+        """
         with self._changed:
             self._backlog.require_room(caller, images, deadline)
 
@@ -89,14 +105,14 @@ class Batcher:
             A future of float32 [N, ...] values on the CPU; cancelling it drops the work that is not in the model.
 
         Raises:
-            QueueFull: too much waits, or so much that the deadline would pass (`Backlog.require_room`).
-            Expired: the deadline has passed.
+            QueueFull: too many images wait. A caller's share, seconds and deadlines are for `require_room`: what is
+                asked for in several parts is let in, or not, as a whole.
         """
         kept = tuple(fields)
         with self._changed:
             request = self._backlog.known(identity, kept)
             if request is None:
-                self._backlog.require_room(caller, len(images_BCHW), deadline)
+                self._backlog.require_place(len(images_BCHW))
                 cut = torch.split(images_BCHW, self._size)
                 request = Request(kept, identity, [None] * len(cut))
                 if not self._backlog.closed:

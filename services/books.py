@@ -38,6 +38,8 @@ class Visit:
     """That of the policy which refused it."""
     ticket: Ticket | None = None
     """Reserved, and not yet settled."""
+    listed: bool = True
+    """Whether its answer has a line in the audit; a refusal always has."""
 
 
 class Unrecorded(Exception):  # noqa: N818 - told to the client as a problem
@@ -117,7 +119,7 @@ class Books:
                 await self._usage_does(lambda: self._usage.settle(ticket), durable=True)
                 visit.ticket = None
             self.release(visit)
-            if self._audit is not None:
+            if self._audit is not None and (visit.listed or status >= 400):
                 facts, append = _facts(visit, status, self.now), self._audit.append
                 await asyncio.wrap_future(self._scribes[1].submit(lambda: append(facts), durable=True))
         except (OSError, sqlite3.Error) as error:

@@ -9,9 +9,19 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from services.prediction import CARD, Prediction, Wish, ask_file, ask_images, read_card, read_prediction
+from services.prediction import (
+    CARD,
+    Prediction,
+    Wish,
+    ask_file,
+    ask_images,
+    ask_named,
+    read_card,
+    read_lookup,
+    read_prediction,
+)
 from services.retries import Patience
-from services.schemas import Output, TeacherCard
+from services.schemas import CacheUse, Output, TeacherCard
 from services.transport import Address, Asked, Connection
 from teacher_cache.spec import NormalizeSpec, TeacherSpec
 
@@ -83,6 +93,8 @@ class TeacherClient:
         fields: Sequence[str] = ("logits",),
         digest: str | None = None,
         deadline_ms: int | None = None,
+        cache: CacheUse = "prefer",
+        strict: bool = True,
     ) -> Prediction:
         """Asks for a batch.
 
@@ -94,13 +106,56 @@ class TeacherClient:
             fields: `logits` and features of the card.
             digest: refuse to answer if the teacher is not this one.
             deadline_ms: how long the answer is of use.
+            cache: what the service may do: `prefer` takes what its cache and its journal have, with the error of the
+                cache's encoding; `bypass` gives the teacher's own values.
+            strict: whether one image without an answer leaves the others without one; otherwise `status` tells.
 
         Raises:
             TeacherError: the images are not uint8 [B, C, H, W].
             ServiceError: the service refused or could not answer; field, rule and hint are its own.
         """
-        wish = Wish(output, k, temperature, fields, digest, deadline_ms)
+        wish = Wish(output, k, temperature, fields, digest, deadline_ms, cache=cache, strict=strict)
         return self._predict(ask_images(images_BCHW, wish))
+
+    def predict_named(
+        self,
+        keys: Sequence[str],
+        views: int | Sequence[int] = 0,
+        *,
+        digests: Sequence[int] | None = None,
+        output: Output = "logits",
+        k: int | None = None,
+        temperature: float | None = None,
+        fields: Sequence[str] = ("logits",),
+        digest: str | None = None,
+        cache: CacheUse = "prefer",
+        strict: bool = True,
+    ) -> Prediction:
+        """Asks for samples of the service's data set, and sends no image.
+
+        Args:
+            keys: as the data set names them.
+            views: one number for all, or one for each key.
+            digests: 64-bit pixel digests that the views must have, as a cache keeps them.
+            output: for this and all below see `predict`.
+            k: as there.
+            temperature: as there.
+            fields: as there.
+            digest: as there.
+            cache: as there; `only` computes nothing.
+            strict: as there.
+
+        Raises:
+            TeacherError: there is no key, or not one view or digest for each.
+            ServiceError: the service refused or could not answer; field, rule and hint are its own.
+        """
+        wish = Wish(output, k, temperature, fields, digest, cache=cache, strict=strict)
+        return self._predict(ask_named(keys, views, wish, digests=digests))
+
+    def lookup(self, keys: Sequence[str], views: int | Sequence[int] = 0) -> tuple[str, ...]:
+        """What the service has: for each key `cached`, `computable`, `unknown` or `broken`; raises as above."""
+        asked = ask_named(keys, views, Wish(), path="/lookup")
+        return read_lookup(self.url, self._connection.send(asked, self._patience))
 
     def predict_file(
         self,

@@ -19,6 +19,7 @@ from services.assistant import Assistant, Between
 from services.backlog import Backlog
 from services.batch import Batch, Placed
 from services.forward import answers, forward
+from services.load import Load
 from services.teachers import ServedTeacher
 from services.work import TeacherFailed
 
@@ -43,6 +44,8 @@ class Engine:
         self._threads_before = 1
         self._model = threading.Thread(target=self._run, name=f"teacher-{served.name}", daemon=True)
         self._assistant = threading.Thread(target=assistant.run, name=f"batches-{served.name}", daemon=True)
+        self.load = Load()
+        """What the batches of the last seconds held."""
         self.warm = False
         """Whether the first batches have gone through the model."""
 
@@ -74,10 +77,12 @@ class Engine:
         try:
             self._warm_up()
             while (batch := self._next()) is not None:
+                rows = sum(placed.stop - placed.start for placed in batch.placed)
                 found = list(answers(self._served, batch))
+                self.load.add(rows)
                 whole = not any(isinstance(one, TeacherFailed) for _, one in found)
                 with self._changed:
-                    self._backlog.pace.stop(count=whole)
+                    self._backlog.estimate.stop(count=whole)
                     self._between.answered.append(found)
                     batch.clear()
                     self._changed.notify_all()
@@ -99,7 +104,7 @@ class Engine:
             started = time.monotonic()
             forward(self._served, views_BCHW, self._served.field_shapes)
             with self._changed:
-                self._backlog.pace.note(time.monotonic() - started)
+                self._backlog.estimate.note(time.monotonic() - started)
             self.warm = True
         except Exception:
             # Requests will meet the same error and say so; `readyz` stays 503.
@@ -117,11 +122,11 @@ class Engine:
                 dropped = [placed for placed in batch.placed if placed.request.dropped()]
                 for placed in dropped:
                     self._backlog.drop(placed.request)
-                self._backlog.pace.start()
+                self._backlog.estimate.start()
                 self._changed.notify_all()
             batch.drop(dropped)
             batch.close()
             if batch.placed:
                 return batch
             with self._changed:
-                self._backlog.pace.stop(count=False)
+                self._backlog.estimate.stop(count=False)

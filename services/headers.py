@@ -7,18 +7,24 @@ import re
 
 from fastapi import Request
 
-from services import images, wire
+from services import images, naming, wire
 from services.problems import Problem
 
 _ETAG = re.compile(r'(?:W/)?"([\x21\x23-\x7e]*)"')
 _MILLISECONDS = re.compile(r"[1-9][0-9]{0,8}")
 
 
-def media_type_of(request: Request) -> str:
-    """The kind of the body, one that the service takes; raises a 415 `Problem`."""
+def media_type_of(request: Request, *, named: bool) -> str:
+    """The kind of the body, one that the service takes; raises a 415 `Problem`.
+
+    Args:
+        request: whose header it is.
+        named: whether samples may be named, in JSON.
+    """
     found = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if found != wire.MEDIA_TYPE and found not in images.FORMATS:
-        rule = f"must be {wire.MEDIA_TYPE}, {', '.join(images.FORMATS)}"
+    taken = (wire.MEDIA_TYPE, *images.FORMATS, *([naming.MEDIA_TYPE] if named else []))
+    if found not in taken:
+        rule = f"must be {', '.join(taken)}"
         raise Problem(415, "Content-Type", rule, found or "none", "Send one of them.")
     return found
 

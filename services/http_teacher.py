@@ -8,7 +8,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from services.journal import Fields, Journal
+from services.answer_table import Fields
+from services.journal import Journal
 from services.paid_questions import PaidQuestions
 from services.replicas import Replicas
 from services.retries import Patience
@@ -17,6 +18,7 @@ from services.transport import Address, Connection
 from teacher_cache.errors import TeacherError
 from teacher_cache.service_spec import BudgetSpec
 from teacher_cache.spec import NormalizeSpec, TeacherSpec, base_of
+from teacher_cache.teachers import ViewNames
 
 _FAULTS = 4
 """Tries of one question that may fail on the way, for each replica."""
@@ -62,20 +64,37 @@ class HttpTeacher:
         self._journal = None
         if spec.journal is not None:
             # A try may take the timeout several times over: to connect, to write, to read.
-            self._journal = Journal(Path(spec.journal), key_of(self._card), spec.budget, 4 * spec.timeout)
-        self._questions = PaidQuestions(spec.model, self.fingerprint, replicas, self._journal, patience)
+            key = key_of(self._card.digest, self._card.numerics)
+            self._journal = Journal(Path(spec.journal), key, spec.budget, 4 * spec.timeout)
+        self._questions = PaidQuestions(
+            spec.model,
+            self.fingerprint,
+            replicas,
+            self._journal,
+            patience,
+            by_name=self._card.dataset is not None,
+            by_image=not self._card.limits.by_id_only,
+        )
         self._threads = ThreadPoolExecutor(spec.concurrency, "teacher")
         self._under_way: set[Future[Fields]] = set()
         self._end = weakref.finalize(self, _end, self._threads, replicas, self._journal)
 
     def __call__(self, views_BCHW: Tensor, _labels_B: Tensor | None = None) -> Fields:
         """uint8 [B, C, H, W] to float32 fields on the CPU, asked for in one request; none is made with labels."""
-        found = self._questions.ask(views_BCHW.cpu(), tuple(dict.fromkeys(map(base_of, self.fields))))
+        return self._ask(views_BCHW, None)
+
+    def _ask(self, views_BCHW: Tensor, names: ViewNames | None) -> Fields:
+        found = self._questions.ask(views_BCHW.cpu(), tuple(dict.fromkeys(map(base_of, self.fields))), names)
         return {name: found[base_of(name)] for name in self.fields}
 
-    def submit(self, views_BCHW: Tensor) -> Future[Fields]:
-        """`__call__` in another thread; at most `concurrency` of them ask at once."""
-        future = self._threads.submit(self, views_BCHW)
+    def submit(self, views_BCHW: Tensor, names: ViewNames | None = None) -> Future[Fields]:
+        """`__call__` in another thread; at most `concurrency` of them ask at once.
+
+        Args:
+            views_BCHW: uint8, a whole micro-batch.
+            names: of the views before its fillings: where the service knows them, it is sent no image.
+        """
+        future = self._threads.submit(self._ask, views_BCHW, names)
         self._under_way.add(future)
         future.add_done_callback(self._under_way.discard)
         return future

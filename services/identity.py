@@ -1,4 +1,4 @@
-"""Who asks: nobody comes in without a key, except to the two probes."""
+"""Who asks: nobody comes in without a key, except to the two probes and the files of the page."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 
 from services import keys
 from services.keys import Key
+from services.page import PATHS
 from services.policy import Policy
 from services.problems import Problem
 from services.settings import Settings, is_loopback
@@ -21,7 +22,8 @@ from teacher_cache.errors import SpecError
 _log = logging.getLogger("services")
 
 OPEN_PATHS = frozenset({"/livez", "/readyz"})
-"""The two probes: they say nothing about a teacher."""
+"""The two probes: they say nothing about a teacher. The files of the page do not either: a browser fetches them
+before it can be given a key."""
 ENVIRONMENT, NOBODY = "TEACHER_API_KEY", "(no key)"
 """Names that no key in a file can have: of the environment's key, and of whoever asks a server without any."""
 
@@ -43,6 +45,8 @@ class Doorkeeper:
         Raises:
             SpecError: they cannot be read, or there are none behind an address beyond loopback.
         """
+        self.open_paths = OPEN_PATHS | (PATHS if settings.page else frozenset())
+        """Where nobody is asked for a key, and nothing is recorded."""
         self._folder, self._changing = folder, asyncio.Lock()
         self._secret = secrets.token_bytes(32) if folder is None else keys.secret_of(folder)
         given = settings.api_key
@@ -55,7 +59,7 @@ class Doorkeeper:
             raise SpecError("host", "needs a valid key unless it is a loopback address", settings.host, hint)
 
     async def identify(self, path: str, authorization: bytes) -> Caller | None:
-        """Who sends this header; None at the probes.
+        """Who sends this header; None at the probes and for the page's files.
 
         Args:
             path: as the router sees it; unknown paths are refused like known ones, so that nothing can be probed.
@@ -64,7 +68,7 @@ class Doorkeeper:
         Raises:
             Problem: 401, the same for a missing, malformed, wrong and revoked key; 503 while the file cannot be read.
         """
-        if path in OPEN_PATHS:
+        if path in self.open_paths:
             return None
         if self._folder is None and self._environment is None:
             return Caller(NOBODY, Policy())

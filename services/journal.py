@@ -8,7 +8,6 @@ kept for each field; k and temperature are applied afterwards and are no part of
 from __future__ import annotations
 
 import json
-import logging
 import math
 import time
 from collections.abc import Sequence
@@ -17,17 +16,11 @@ from pathlib import Path
 from sqlite3 import Connection
 from typing import NamedTuple
 
-from torch import Tensor
-
-from services import wire
 from services.account import Account
+from services.answer_table import AnswerTable, Fields
 from services.journal_file import JournalFile
 from teacher_cache.builder import HERE, Builder
 from teacher_cache.service_spec import BudgetSpec
-from teacher_cache.storage import crc32c
-
-_log = logging.getLogger("services")
-Fields = dict[str, Tensor]
 
 
 class Ticket(NamedTuple):
@@ -52,6 +45,7 @@ class Journal:
             BuildError: the folder or the file cannot be used.
         """
         self._file = JournalFile(folder)
+        self._answers = AnswerTable(self._file, teacher)
         self._teacher, self._budget, self._seconds = teacher, budget, seconds
         self._me = Builder.here(joined=True)
         with self._file.changing() as db:
@@ -67,25 +61,7 @@ class Journal:
 
     def find(self, question: bytes, fields: Sequence[str]) -> Fields:
         """The answers that are there, of these fields; one that is damaged is not."""
-        with self._file.reading() as db:
-            # Cast: what is damaged may have become a text.
-            query = "SELECT field, CAST(data AS BLOB), checksum FROM answers WHERE teacher = ? AND question = ?"
-            rows = [row for row in db.execute(query, (self._teacher, question)) if row[0] in fields]
-        found = {name: data for name, data, checksum in rows if checksum == self._checksum(question, name, data)}
-        for name, _, _ in rows:
-            if name not in found:
-                self._forget_damaged(question, name)
-        return {name: wire.unpack_tensors(data)[name] for name, data in found.items()}
-
-    def _checksum(self, question: bytes, field: str, data: bytes) -> int:
-        return crc32c(b"\0".join([self._teacher.encode(), question, field.encode(), data]))
-
-    def _forget_damaged(self, question: bytes, field: str) -> None:
-        _log.warning("%s: a kept answer is damaged and is asked for again (%s)", self._file.path, field)
-        with self._file.changing() as db:
-            gone = "DELETE FROM answers WHERE teacher = ? AND question = ? AND field = ?"
-            if db.execute(gone, (self._teacher, question, field)).rowcount:
-                db.execute("UPDATE accounts SET damaged = damaged + 1 WHERE teacher = ?", (self._teacher,))
+        return self._answers.find(question, fields)
 
     def leave(self, question: bytes, fields: Sequence[str], images: int) -> Ticket | None:
         """Counts a try. None where the answers are there by now, or while it must wait: for whoever is asking this
@@ -97,7 +73,7 @@ class Journal:
         with self._file.changing() as db:
             others = self._under_way(db)
             # Looked for under the lock: whoever asked may have been answered since.
-            if question in others or self._has(db, question, fields):
+            if question in others or self._answers.has(db, question, fields):
                 return None
             reason = self._read(db).beyond(self._budget, images)
             if reason is None:
@@ -115,17 +91,10 @@ class Journal:
             return None
         raise reason
 
-    def _has(self, db: Connection, question: bytes, fields: Sequence[str]) -> bool:
-        query = "SELECT field FROM answers WHERE teacher = ? AND question = ?"
-        return {name for (name,) in db.execute(query, (self._teacher, question))}.issuperset(fields)
-
     def answered(self, ticket: Ticket, question: bytes, answers: Fields) -> Fields:
         """Keeps an answer, for good when this returns; what was kept first is what is given."""
         with self._file.changing() as db:
-            for name, values in answers.items():
-                data = wire.pack_tensors({name: values})
-                row = (self._teacher, question, name, data, self._checksum(question, name, data))
-                db.execute("INSERT OR IGNORE INTO answers VALUES (?, ?, ?, ?, ?)", row)
+            self._answers.put(db, question, answers)
             db.execute("DELETE FROM tries WHERE id = ?", ticket)
         return {**answers, **self.find(question, tuple(answers))}
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from services.schemas import MAX_TEMPERATURE, MIN_TEMPERATURE, Output
+from services.schemas import MAX_TEMPERATURE, MIN_TEMPERATURE, CacheUse, Output
 
 DEFAULT_K = 5
 
@@ -22,6 +22,10 @@ class PredictOptions(BaseModel):
         default=1.0, ge=MIN_TEMPERATURE, le=MAX_TEMPERATURE, allow_inf_nan=False, description="T of the softmax"
     )
     fields: str = Field(default="logits", description="comma separated; features need a safetensors answer")
+    cache: CacheUse = Field(
+        default="prefer", description="`only` computes nothing, `refresh` computes anew, `bypass` keeps nothing"
+    )
+    strict: bool = Field(default=False, description="an item without an answer leaves the others without one, too")
 
 
 @dataclass(frozen=True)

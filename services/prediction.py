@@ -9,8 +9,10 @@ from pathlib import Path
 from pydantic import ValidationError
 from torch import Tensor
 
-from services import wire
-from services.schemas import Output, TeacherCard
+from services import naming, wire
+from services.naming import Named
+from services.schemas import CacheUse, Lookup, Output, TeacherCard
+from services.status import Status
 from services.transport import Asked
 from teacher_cache.errors import ServiceError, TeacherError
 
@@ -31,7 +33,9 @@ class Prediction:
     features: dict[str, Tensor]
     """float32 [B, ...] by field."""
     metadata: dict[str, str]
-    """The teacher's digest, the output, the temperature, and whether the image was resized."""
+    """The teacher's digest, the output, the temperature, whether the image was resized, how the cache keeps fields."""
+    status: tuple[Status, ...]
+    """What became of each item."""
 
 
 @dataclass(frozen=True)
@@ -52,10 +56,21 @@ class Wish:
     """How long the answer is of use."""
     request_id: str | None = None
     """Names the question in the service's log, however often it is tried."""
+    cache: CacheUse = "prefer"
+    """Whether the service's cache and journal may answer."""
+    strict: bool = True
+    """Refuse everything where one item has no answer."""
 
-    def ask(self, body: bytes, media_type: str) -> Asked:
+    def ask(self, body: bytes, media_type: str, path: str = "/predict") -> Asked:
         """The request that carries a body."""
-        options = {"output": self.output, "k": self.k, "temperature": self.temperature, "fields": ",".join(self.fields)}
+        options = {
+            "output": self.output,
+            "k": self.k,
+            "temperature": self.temperature,
+            "fields": ",".join(self.fields),
+            "cache": self.cache,
+            "strict": self.strict,
+        }
         headers = {
             "Accept": wire.MEDIA_TYPE,
             "Content-Type": media_type,
@@ -65,7 +80,7 @@ class Wish:
         }
         given = {name: value for name, value in headers.items() if value is not None}
         chosen = {name: value for name, value in options.items() if value is not None}
-        return Asked("POST", "/predict", body, given, chosen)
+        return Asked("POST", path, body, given, chosen)
 
 
 def ask_images(images_BCHW: Tensor, wish: Wish) -> Asked:
@@ -76,6 +91,26 @@ def ask_images(images_BCHW: Tensor, wish: Wish) -> Asked:
         hint = "Send views as the cache renders them, before any normalisation."
         raise TeacherError(error.field, error.rule, error.value, hint) from error
     return wish.ask(body, wire.MEDIA_TYPE)
+
+
+def ask_named(
+    keys: Sequence[str],
+    views: int | Sequence[int],
+    wish: Wish,
+    *,
+    digests: Sequence[int] | None = None,
+    whole: bool = False,
+    path: str = "/predict",
+) -> Asked:
+    """Samples by their names; `TeacherError` where they are none."""
+    numbers = views if isinstance(views, int) else tuple(views)
+    shown = None if digests is None else tuple(f"{int(digest):016x}" for digest in digests)
+    try:
+        named = Named(keys=tuple(keys), views=numbers, digests=shown, whole=whole)
+    except ValidationError as error:
+        rule = str(error.errors(include_url=False)[0]["msg"]).removeprefix("Value error, ")
+        raise TeacherError("keys", rule, f"{len(keys)} keys", "See the README on asking by name.") from error
+    return wish.ask(named.model_dump_json(exclude_none=True).encode(), naming.MEDIA_TYPE, path)
 
 
 def ask_file(path: str | Path, wish: Wish) -> Asked:
@@ -103,7 +138,21 @@ def read_prediction(url: str, data: bytes) -> Prediction:
         hint = "Something between here and the service changes bodies."
         raise ServiceError(url, f"{error.field} {error.rule}", error.value, hint) from error
     values, indices, tail = (tensors.pop(name, None) for name in ("values", "indices", "tail_logmass"))
-    return Prediction(values, indices, tail, tensors, wire.unpack_metadata(data))
+    status = tensors.pop("status", None)
+    if status is None or status.ndim != 1 or not all(number in list(Status) for number in status.tolist()):
+        hint = "Is it a teacher-serve of this version?"
+        raise ServiceError(url, "must tell the status of each item", "none", hint)
+    told = tuple(map(Status, status.tolist()))
+    return Prediction(values, indices, tail, tensors, wire.unpack_metadata(data), told)
+
+
+def read_lookup(url: str, data: bytes) -> tuple[str, ...]:
+    """What a service says of each key; `ServiceError` where the body says nothing of them."""
+    try:
+        return Lookup.model_validate_json(data).status
+    except ValidationError as error:
+        hint = "Check the URL: is it a teacher-serve?"
+        raise ServiceError(url, "must answer what it has", "another body", hint) from error
 
 
 def read_card(url: str, data: bytes) -> TeacherCard:

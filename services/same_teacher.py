@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from services.schemas import TeacherCard
+from services.schemas import NumericsCard, TeacherCard
 from teacher_cache.errors import ServiceError, TeacherError
 from teacher_cache.fingerprint import fingerprint
 from teacher_cache.spec import NormalizeSpec, TeacherSpec, base_of
@@ -32,7 +32,7 @@ def _require_plain(card: TeacherCard) -> None:
     if card.limits.rounding is not None:
         rule = "must give the teacher's own values, and this key's are rounded"
         raise TeacherError("teacher.api_key", rule, card.limits.rounding, hint)
-    if card.limits.by_id_only:
+    if card.limits.by_id_only and card.dataset is None:
         raise TeacherError("teacher.api_key", "must be allowed to bring images", "by_id_only", hint)
     if "logits" not in card.outputs:
         raise TeacherError("teacher.api_key", "must be allowed the output logits", card.outputs, hint)
@@ -46,9 +46,9 @@ def require_replica(ours: TeacherCard, theirs: TeacherCard, url: str) -> None:
             raise ServiceError(url, rule, getattr(theirs, name), "Serve the same one there, or take this URL out.")
 
 
-def key_of(card: TeacherCard) -> str:
-    """Names the teacher together with where it runs, which can change a last bit: what a kept answer is good for."""
-    return fingerprint("answers", 1, {"teacher": card.digest, "numerics": card.numerics.model_dump(mode="json")})
+def key_of(digest: str, numerics: NumericsCard) -> str:
+    """Names a teacher together with where it runs, which can change a last bit: what a kept answer is good for."""
+    return fingerprint("answers", 1, {"teacher": digest, "numerics": numerics.model_dump(mode="json")})
 
 
 def _require_fields(spec: TeacherSpec, card: TeacherCard) -> None:

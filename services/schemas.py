@@ -8,6 +8,8 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 Output = Literal["logits", "logprobs", "probs", "topk"]
+CacheUse = Literal["prefer", "only", "refresh", "bypass"]
+"""Cache and journal first; those alone; computed, and kept anew; computed, neither read nor kept."""
 OUTPUTS: tuple[Output, ...] = ("logits", "logprobs", "probs", "topk")
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 1000.0
 
@@ -81,6 +83,20 @@ class LimitsCard(Body):
     expires: datetime | None = None
 
 
+class DatasetCard(Body):
+    """The samples that may be named instead of sent."""
+
+    name: str
+    """As policies call it."""
+    samples: int
+    recipe: str
+    """Fingerprint of the views."""
+    cached_views: int
+    """Planned views of the cache; 0 where there is none. A lookup tells what is there."""
+    encodings: dict[str, str]
+    """How the cache keeps the fields of this teacher."""
+
+
 class TeacherCard(Body):
     """`GET /v1/teachers/{name}`; its digest is the ETag."""
 
@@ -94,6 +110,7 @@ class TeacherCard(Body):
     micro_batch: int
     """Rows of one forward pass; a request of exactly so many has the bits of a precompute job."""
     numerics: NumericsCard
+    dataset: DatasetCard | None = None
     limits: LimitsCard
 
 
@@ -121,8 +138,38 @@ class UsageReport(Body):
     distinct_images_left: int | None
 
 
+class Lookup(Body):
+    """`POST /v1/teachers/{name}/lookup`."""
+
+    teacher: str
+    digest: str
+    status: tuple[str, ...]
+    """For each key `cached`, `computable`, `unknown`, `broken` or `differs`."""
+
+
+class TeacherLoad(Body):
+    """How busy one teacher is, whoever asks it."""
+
+    name: str
+    images_waiting: int
+    queue_images: int
+    """How many may wait."""
+    images_per_second: float
+    batch_fill: float | None
+    """Mean share of a batch's rows that were images; None where no batch has run."""
+
+
+class LoadReport(Body):
+    """`GET /v1/load`: of the teachers that this key may ask, now and over the last `seconds`."""
+
+    seconds: int
+    draining: bool
+    """Whether the server is on its way out."""
+    teachers: tuple[TeacherLoad, ...]
+
+
 class Predictions(Body):
-    """A JSON answer; a number that is not finite is null."""
+    """A JSON answer; a number that is not finite is null, and so is a whole row without an answer."""
 
     teacher: str
     digest: str
@@ -132,11 +179,16 @@ class Predictions(Body):
     """Whether the image was resized and cropped to the teacher's input."""
     rounding: float | None = None
     """Step of every number of `values` and `tail_logmass`, where this key's answers are rounded."""
-    values: list[list[float | None]]
+    status: list[str]
+    """What became of each item: `cached`, `kept` and `computed` have values; `absent`, `unknown`, `broken`, `differs`
+    and `failed` have none."""
+    encodings: dict[str, str]
+    """How the cache keeps the fields of which something was read."""
+    values: list[list[float | None] | None]
     """[B, C], or [B, K] log-probabilities, sorted down, for `topk`."""
-    indices: list[list[int]] | None = None
+    indices: list[list[int] | None] | None = None
     """[B, K] class numbers; equal values stand in the order of their classes."""
     tail_logmass: list[float | None] | None = None
     """[B] log of the probability left out; null where nothing is."""
-    names: list[list[str]] | None = None
+    names: list[list[str] | None] | None = None
     """[B, K] class names, where they are known."""

@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from services.library import Library
 from services.policy import Policy
+from services.same_teacher import key_of
 from services.schemas import OUTPUTS, FieldCard, InputCard, LimitsCard, NumericsCard, TeacherCard
 from services.settings import Settings
 from teacher_cache.errors import TeacherError
@@ -42,6 +44,8 @@ class ServedTeacher:
     device: str = "cpu"
     example_CHW: Tensor | None = field(default=None, repr=False, compare=False)
     """A view that it is warmed with, uint8; None warms it with zeros."""
+    library: Library | None = None
+    """The samples that may be named, and the cache of their answers."""
 
     def __post_init__(self) -> None:
         if self.micro_batch < 1 or self.threads < 1 or len(self.view_shape) != 3:
@@ -56,6 +60,18 @@ class ServedTeacher:
     def digest(self) -> str:
         """The teacher's fingerprint."""
         return self.teacher.fingerprint
+
+    @property
+    def numerics(self) -> NumericsCard:
+        """What decides the last bit of an answer."""
+        return NumericsCard(
+            precision=self.precision, channels_last=self.channels_last, threads=self.threads, device=self.device
+        )
+
+    @property
+    def answers_key(self) -> str:
+        """What a kept answer is good for."""
+        return key_of(self.digest, self.numerics)
 
     def card(self, settings: Settings, policy: Policy) -> TeacherCard:
         """What `GET /v1/teachers/{name}` answers to a key: what it may have, and its limits."""
@@ -76,12 +92,8 @@ class ServedTeacher:
             outputs=outputs,
             fields={name: FieldCard(shape=self.field_shapes[name], pool=self.pools[name]) for name in fields},
             micro_batch=self.micro_batch,
-            numerics=NumericsCard(
-                precision=self.precision,
-                channels_last=self.channels_last,
-                threads=self.threads,
-                device=self.device,
-            ),
+            numerics=self.numerics,
+            dataset=None if self.library is None else self.library.card(),
             limits=LimitsCard(
                 images=settings.max_images,
                 body_bytes=settings.max_body_bytes,
@@ -99,11 +111,16 @@ def _require_servable(spec: BuildSpec) -> None:
             raise TeacherError(f"teacher.fields.{name}", f"cannot be served: {reason}", name, "Leave it out.")
 
 
-def open_served(spec: BuildSpec) -> ServedTeacher:
+def open_served(spec: BuildSpec, *, from_cache: bool = True) -> ServedTeacher:
     """The teacher of a build's configuration, probed once; its source gives the class names.
+
+    Args:
+        spec: the configuration.
+        from_cache: whether what its cache holds may be answered from there.
 
     Raises:
         RequestError: the source, the recipe or the teacher cannot be opened, or they do not fit.
+        CacheError: the cache is not this configuration's, or cannot be trusted.
     """
     opened = open_parts(spec)
     _, views = first_views(opened)
@@ -128,4 +145,5 @@ def open_served(spec: BuildSpec) -> ServedTeacher:
         threads=spec.compute.threads,
         device=resolve_device(spec.compute.device),
         example_CHW=views.pixels_BCHW[0].cpu(),
+        library=Library(opened, cached=from_cache),
     )

@@ -91,11 +91,8 @@ class Comparison:
 
     def _arm(self, arm: str) -> dict[str, Any]:
         measured = {measure: self.values(measure, arm) for measure in self.measures}
-        spread = {"mean": statistics.fmean(measured["accuracy"]), "std": statistics.stdev(measured["accuracy"])}
-        of_all = {
-            name: {"mean": statistics.fmean(found), "std": statistics.stdev(found)} for name, found in measured.items()
-        }
-        return {**measured, **spread, "summary": of_all, "history": self.history[arm]}
+        summary = {name: {"mean": statistics.fmean(v), "std": statistics.stdev(v)} for name, v in measured.items()}
+        return {**measured, **summary["accuracy"], "summary": summary, "history": self.history[arm]}
 
 
 def difference(

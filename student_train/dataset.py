@@ -13,7 +13,7 @@ from student_train.batch import Batch
 from student_train.cached_rows import CachedRows
 from student_train.data import Rows
 from student_train.steps import Share, Steps, make_batch
-from student_train.stream import require_names, require_view_order
+from student_train.stream import proven_views, require_names, require_seed, require_view_order
 from student_train.view_order import ViewOrder
 from teacher_cache import Cache
 from teacher_cache.errors import SpecError
@@ -49,16 +49,14 @@ class ViewDataset(Dataset[Batch]):
 
         Raises:
             MismatchError: a field is not in the cache.
-            SpecError: a check or a view order has nothing to go by.
+            SpecError: a check or a view order has nothing to go by; the seed is out of range.
         """
         self.data: Rows = CachedRows(data) if isinstance(data, Cache) else data
         names = require_names(fields)
         self.data.require(names)
-        if check_views and not self.data.provable:
-            hint = "Leave it out: these are not the teacher's views, so there is nothing to compare with."
-            raise SpecError("check_views", "needs the views that the teacher saw", check_views, hint)
+        require_seed(seed)
         require_view_order(self.data, view_order)
-        check = (2 if self.data.provable else 0) if check_views is None else check_views
+        check = proven_views(self.data, check_views)
         self._steps = Steps(self.data, names, 1, 1, False, seed, check, view_order, Share())
         # In shared memory: what is set here reaches workers that were started before.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]

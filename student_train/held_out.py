@@ -7,9 +7,9 @@ from numpy.typing import NDArray
 
 from student_train.data import Rows
 from teacher_cache.errors import SpecError
-from teacher_cache.views.philox import philox4x32
+from teacher_cache.views.philox import view_words
 
-_PURPOSE = 0x48454C44
+_PURPOSE = 0x48454C44 << 32
 """Sets these draws apart from those of views and orders, which have the same seeds."""
 
 
@@ -28,9 +28,7 @@ def split(data: Rows, share: float, seed: int) -> tuple[NDArray[np.int64], NDArr
         SpecError: one of the parts would be empty.
     """
     digests_B = data.key_digests[data.alive]
-    words = np.stack([digests_B & np.uint64(0xFFFFFFFF), digests_B >> np.uint64(32)], axis=1).astype(np.uint32)
-    counter_B4 = np.concatenate([words, np.zeros_like(words)], axis=1)
-    drawn_B = philox4x32(counter_B4, (seed & 0xFFFFFFFF, _PURPOSE))[:, 0] / 2**32
+    drawn_B = view_words(digests_B, 0, 0, 1, seed | _PURPOSE)[:, 0] / 2**32
     held_B = drawn_B < share
     if held_B.all() or not held_B.any():
         hint = "Choose another share or seed, or give more rows."

@@ -9,7 +9,7 @@ from student_train.cached_rows import CachedRows, OwnViews, WithoutAnswers
 from student_train.data import LabelledRows, Rows, only
 from student_train.evaluate import require_measurable
 from student_train.held_out import split
-from student_train.recipes import DataSpec, EvaluateSpec, RunSpec, ValidationSpec
+from student_train.recipes import DataSpec, EvaluateSpec, RunSpec
 from teacher_cache import Cache
 from teacher_cache.errors import MismatchError, SpecError
 from teacher_cache.spec import NormalizeSpec, ViewSpec
@@ -39,26 +39,31 @@ def open_data(spec: RunSpec) -> Opened:
     _require_same_classes(train, test)
     teacher = None if spec.evaluate.cache is None else spec.evaluate.teacher
     require_measurable(test, "evaluate", teacher)
-    normalization = spec.normalize or train.normalize
-    _require_normalization(spec.evaluate.views, normalization, "evaluate")
     if spec.validation is None:
         return Opened(train, test, teacher)
-    _require_normalization(spec.validation.views, normalization, "validation")
     if train.mixes:
         hint = "Leave `validation` out, or hold samples back when the cache is built."
         raise SpecError("validation", "must not hold out what others are mixed with", "the recipe mixes", hint)
     kept, held = split(train, spec.validation.share, spec.validation.seed)
-    validation = only(_open_validation(spec, spec.validation), held)
+    validation = only(_open_validation(spec, spec.validation.views, train, test), held)
     require_measurable(validation, "validation")
     return Opened(only(train, kept), test, teacher, validation)
 
 
-def _require_normalization(views: ViewSpec | None, ours: NormalizeSpec | None, where: str) -> None:
-    """Students see what is measured normalised as in training: what a recipe says otherwise would have no effect."""
-    theirs = None if views is None or views.recipe is None else open_recipe(views).normalize
-    if theirs is not None and theirs != ours:
-        hint = "Leave `normalize` out there: students are measured with that of their training."
-        raise SpecError(f"{where}.views.recipe.normalize", f"must be {ours}", theirs, hint)
+def normalization_of(spec: RunSpec, opened: Opened) -> NormalizeSpec | None:
+    """How a run's student sees all views; several runs may share the data, and not this.
+
+    Raises:
+        SpecError: a recipe of what is measured says otherwise, which would have no effect.
+    """
+    ours = spec.normalize or opened.train.normalize
+    held_out = None if spec.validation is None else spec.validation.views
+    for where, views in (("evaluate", spec.evaluate.views), ("validation", held_out)):
+        theirs = None if views is None or views.recipe is None else open_recipe(views).normalize
+        if theirs is not None and theirs != ours:
+            hint = "Leave `normalize` out there: students are measured with that of their training."
+            raise SpecError(f"{where}.views.recipe.normalize", f"must be {ours}", theirs, hint)
+    return ours
 
 
 def _require_same_classes(train: Rows, test: Rows) -> None:
@@ -99,13 +104,13 @@ def _open_evaluation(spec: EvaluateSpec) -> Rows:
     return CachedRows(Cache(spec.cache, spec.source, sealed=True))
 
 
-def _open_validation(run: RunSpec, spec: ValidationSpec) -> Rows:
-    views = spec.views or run.evaluate.views
+def _open_validation(run: RunSpec, views: ViewSpec | None, train: Rows, test: Rows) -> Rows:
+    """The samples of the training data as `validation.views` shows them, or as the evaluation does."""
+    views = views or run.evaluate.views
     if views is None:
-        assert run.evaluate.cache is not None, "the spec has checked it"
-        views = Cache(run.evaluate.cache, run.evaluate.source, sealed=True).spec.views
-    data = run.data
-    if data.cache is None:
-        assert data.source is not None, "the spec has checked it"
-        return LabelledRows(data.source, views)
-    return WithoutAnswers(Cache(data.cache, data.source, copies=data.copies, sealed=True), views)
+        assert isinstance(test, CachedRows), "the spec has checked it"
+        views = test.cache.spec.views
+    if isinstance(train, CachedRows | OwnViews):
+        return WithoutAnswers(train.cache, views)
+    assert run.data.source is not None, "the spec has checked it"
+    return LabelledRows(run.data.source, views)

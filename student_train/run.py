@@ -17,13 +17,14 @@ from torch import nn
 from student_train.board import require_board, write_board
 from student_train.checkpoint import save_model
 from student_train.evaluate import Measured, accuracy, measure
-from student_train.opening import Opened, open_data
+from student_train.opening import Opened, normalization_of, open_data
 from student_train.recipes import RunSpec, TrainSpec
+from student_train.running import METRICS
 from student_train.stream import ViewStream
 from student_train.students import open_student
 from student_train.term_specs import TermSpec, open_objective
 from student_train.together import world
-from student_train.train import METRICS, FitResult, Log, fit, rehearse
+from student_train.train import FitResult, Log, fit, rehearse
 from teacher_cache.errors import NonFiniteError, SpecError
 from teacher_cache.fingerprint import fingerprint
 from teacher_cache.spec import NormalizeSpec
@@ -47,7 +48,7 @@ def train_one(
     student, objective = _student(spec, opened, seed), open_objective(terms)
     _prepare_board(spec, folder)
     stream = open_stream(spec, opened, terms, seed)
-    normalization = spec.normalize or opened.train.normalize
+    normalization = normalization_of(spec, opened)
     device = resolve_device(spec.train.device)
     with torch.random.fork_rng(devices=[]), _threads(spec.train.threads):
         torch.manual_seed(seed)
@@ -102,13 +103,7 @@ def _evaluate(
 def rehearse_one(spec: RunSpec, opened: Opened, terms: tuple[TermSpec, ...], seed: int) -> None:
     """Says what `train_one` would refuse, and trains nothing."""
     student, stream = _student(spec, opened, seed), open_stream(spec, opened, terms, seed)
-    rehearse(
-        student,
-        stream,
-        open_objective(terms),
-        spec.normalize or opened.train.normalize,
-        compiled=spec.train.compile,
-    )
+    rehearse(student, stream, open_objective(terms), normalization_of(spec, opened), compiled=spec.train.compile)
 
 
 def open_stream(spec: RunSpec, opened: Opened, terms: tuple[TermSpec, ...], seed: int) -> ViewStream:
@@ -190,5 +185,4 @@ def evaluate_weights(spec: RunSpec, weights: Path) -> Measured:
     student = _student(spec, opened, seed=0)
     load_into(student, str(weights))
     device = resolve_device(spec.train.device)
-    normalization = spec.normalize or opened.train.normalize
-    return measure(student.to(device), opened.test, normalization, device, teacher=opened.teacher)
+    return measure(student.to(device), opened.test, normalization_of(spec, opened), device, teacher=opened.teacher)

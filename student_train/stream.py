@@ -80,9 +80,9 @@ class ViewStream:
         self.fields = require_names(fields)
         self.data.require(self.fields)
         share = share or Share()
-        if not 0 <= seed < 2**32:
-            raise SpecError("seed", "must be in 0..2³²−1", seed, "Choose another seed.")
-        _require_views(self.data, views_per_decode, batch_size, check_views, view_order)
+        require_seed(seed)
+        _require_views(self.data, views_per_decode, batch_size)
+        require_view_order(self.data, view_order)
         size = batch_size // views_per_decode
         if size < 1 or (drop_last and size > len(self.data.alive)):
             rule = f"must be in 1..{len(self.data.alive) * views_per_decode}, the views of rows that have data"
@@ -93,7 +93,7 @@ class ViewStream:
         rows = content_digest(np.ascontiguousarray(self.data.alive).data)
         self._data = fingerprint("stream-data", 1, {"data": self.data.fingerprint, "alive": f"{rows:016x}"})
         self._drop_last = drop_last
-        check = (2 if self.data.provable else 0) if check_views is None else check_views
+        check = proven_views(self.data, check_views)
         self._steps = Steps(self.data, self.fields, size, views_per_decode, shuffle, seed, check, view_order, share)
         self._loader: DataLoader[Batch] = DataLoader(
             self._steps,
@@ -170,19 +170,31 @@ class ViewStream:
         }
 
 
-def _require_views(data: Rows, together: int, batch_size: int, check_views: int | None, order: ViewOrder) -> None:
+def _require_views(data: Rows, together: int, batch_size: int) -> None:
     if together < 1 or (data.views is not None and together > data.views):
         most = "" if data.views is None else f", at most {data.views}, the views that there are"
         raise SpecError("views_per_decode", f"must be at least 1{most}", together, "Choose another number.")
     if batch_size % together:
         rule = f"must be a multiple of views_per_decode ({together})"
         raise SpecError("batch_size", rule, batch_size, "Choose another batch size.")
-    require_view_order(data, order)
-    if check_views is not None and check_views < 0:
-        raise SpecError("check_views", "must not be below 0", check_views, "Choose 0 for none.")
-    if check_views and not data.provable:
+
+
+def require_seed(seed: int) -> None:
+    """Refuses what would draw as another seed does, or for another purpose."""
+    if not 0 <= seed < 2**32:
+        raise SpecError("seed", "must be in 0..2³²−1", seed, "Choose another seed.")
+
+
+def proven_views(data: Rows, asked: int | None) -> int:
+    """How many views of each batch are proven: as many as asked for; else two, where there is something to prove."""
+    if asked is None:
+        return 2 if data.provable else 0
+    if asked < 0:
+        raise SpecError("check_views", "must not be below 0", asked, "Choose 0 for none.")
+    if asked and not data.provable:
         hint = "Leave it out: these are not the teacher's views, so there is nothing to compare with."
-        raise SpecError("check_views", "needs the views that the teacher saw", check_views, hint)
+        raise SpecError("check_views", "needs the views that the teacher saw", asked, hint)
+    return asked
 
 
 def require_view_order(data: Rows, order: ViewOrder) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,21 +11,19 @@ import torch
 from torch import nn
 
 from student_train.answer import Taps
-from student_train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from student_train.learner import Learner, deterministic, has_idle_parts
 from student_train.metrics import Means, TimeSplit
 from student_train.objective import Objective, Shapes
 from student_train.optimizing import Stepper
 from student_train.recipes import TrainSpec
+from student_train.running import Running
 from student_train.stream import ViewStream
 from student_train.together import World, world
 from teacher_cache.errors import SpecError
 from teacher_cache.spec import NormalizeSpec
-from teacher_cache.storage import write_atomic
 from teacher_cache.teachers import resolve_device
 from teacher_cache.views import normalize
 
-METRICS = "metrics.jsonl"
 Log = Callable[[dict[str, float]], None]
 Evaluate = Callable[[nn.Module, int], Mapping[str, float]]
 
@@ -88,7 +85,8 @@ def fit(
         objective.join(_shapes(answer, objective, stream, normalization, device), device)
         learner = _parallel(together, Learner(student, answer, objective, normalization), objective, stream, device)
         stepper = Stepper(student, objective.parameters(), train, len(stream), device)
-        history = _resume(together, folder, run, student, objective, stepper, stream)
+        running = Running(student, objective, stepper, stream, together, folder, run)
+        history = running.resume()
         while stream.epoch < train.epochs:
             student.train()
             together.reseed(seed, stream.epoch)
@@ -103,9 +101,7 @@ def fit(
             if evaluate is not None:
                 entry |= together.told(evaluate(stepper.averaged, stream.epoch) if together.first else {})
             history.append(entry)
-            stepper.require_finite()
-            if folder is not None and together.first:
-                _keep(folder, run, student, objective, stepper, stream, history)
+            running.keep(history)
             if log is not None and together.first:
                 log(entry)
         together.wait()
@@ -181,61 +177,3 @@ def _check(objective: Objective, stream: ViewStream, together: World) -> None:
     if missing:
         hint = f"Open the stream with fields={objective.fields}."
         raise SpecError("stream.fields", f"must carry {missing[0]}", stream.fields, hint)
-
-
-def _resume(
-    together: World,
-    folder: Path | None,
-    run: str,
-    student: nn.Module,
-    objective: Objective,
-    stepper: Stepper,
-    stream: ViewStream,
-) -> list[dict[str, float]]:
-    # The first process's folder counts: on another machine there may be none.
-    found = together.told(load_checkpoint(folder, run) if folder is not None and together.first else None)
-    if found is None:
-        if (stream.epoch, stream.step) != (0, 0):
-            hint = "Open another stream for each run."
-            place = f"epoch {stream.epoch}, step {stream.step}"
-            raise SpecError("stream", "must be at its beginning where a run begins", place, hint)
-        return []
-    student.load_state_dict(found.student)
-    objective.load_state_dict(found.objective)
-    stepper.load_state_dict(vars(found))
-    stream.load_state_dict(found.stream)
-    if together.first:
-        torch.set_rng_state(found.generator)
-        if found.cuda_generator is not None and torch.cuda.is_available():
-            torch.cuda.set_rng_state(found.cuda_generator)
-    if folder is not None and together.first:
-        # A run that was killed between the checkpoint and these lines has one too few.
-        _write_metrics(folder, found.history)
-    return list(found.history)
-
-
-def _keep(
-    folder: Path,
-    run: str,
-    student: nn.Module,
-    objective: Objective,
-    stepper: Stepper,
-    stream: ViewStream,
-    history: list[dict[str, float]],
-) -> None:
-    states = {"student": student.state_dict(), "objective": objective.state_dict(), "stream": stream.state_dict()}
-    checkpoint = Checkpoint(
-        **states,
-        **stepper.state_dict(),
-        history=history,
-        run=run,
-        generator=torch.get_rng_state(),
-        cuda_generator=stepper.cuda_generator(),
-    )
-    save_checkpoint(folder, checkpoint)
-    _write_metrics(folder, history)
-
-
-def _write_metrics(folder: Path, history: list[dict[str, float]]) -> None:
-    lines = "".join(json.dumps(entry) + "\n" for entry in history)
-    write_atomic(folder, METRICS, lines.encode())

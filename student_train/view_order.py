@@ -7,14 +7,14 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from teacher_cache.views.philox import philox4x32
+from teacher_cache.views.philox import view_words
 
 ViewOrder = Literal["epoch", "cycle", "random"]
 """`epoch`: all rows show view n mod K, so that an epoch reads one view's shards. `cycle`: each row goes through the
 views in their order, from a view of its own: every batch has all views in it. `random`: in an order of its own, another
 in each round of K showings."""
 
-_PURPOSE = 0x4F524452
+_PURPOSE = 0x4F524452 << 32
 """Sets these draws apart from those of views and of other purposes, which have the same seeds."""
 
 
@@ -38,20 +38,8 @@ def numbers(order: ViewOrder, showing: int, digests_B: NDArray[np.uint64], views
         case "epoch":
             return np.full(len(digests_B), place, np.int64)
         case "cycle":
-            return (_words(digests_B, 0, 1, seed)[:, 0].astype(np.int64) + place) % views
+            return (view_words(digests_B, 0, 0, 1, seed | _PURPOSE)[:, 0].astype(np.int64) + place) % views
         case "random":
             # The order of K random words is a random order; a tie has no part in any but the tied.
-            drawn_BK = _words(digests_B, turn, views, seed)
+            drawn_BK = view_words(digests_B, turn, 0, -(-views // 4), seed | _PURPOSE)[:, :views]
             return np.argsort(drawn_BK, axis=1, kind="stable")[:, place].astype(np.int64)
-
-
-def _words(digests_B: NDArray[np.uint64], turn: int, count: int, seed: int) -> NDArray[np.uint32]:
-    """At least `count` random words for each row, uint32 [B, …], cut to count."""
-    blocks = -(-count // 4)
-    counter = np.empty((len(digests_B), blocks, 4), np.uint32)
-    counter[:, :, 0] = (digests_B & np.uint64(0xFFFFFFFF))[:, None]
-    counter[:, :, 1] = (digests_B >> np.uint64(32))[:, None]
-    counter[:, :, 2] = turn & 0xFFFFFFFF
-    counter[:, :, 3] = np.arange(blocks)
-    words = philox4x32(counter.reshape(-1, 4), (seed & 0xFFFFFFFF, _PURPOSE))
-    return words.reshape(len(digests_B), 4 * blocks)[:, :count]

@@ -21,7 +21,7 @@ def with_journal(spec: BuildSpec) -> BuildSpec:
         SpecError: the cache is in an object store, which has no place beside it, and no folder is named.
     """
     teacher = spec.teacher
-    if "://" not in teacher.model:
+    if "://" not in teacher.model and teacher.journal is None:
         return spec
     if teacher.journal is not None:
         folder = Path(teacher.journal)

@@ -21,7 +21,7 @@ from teacher_cache.loader import ViewLoader
 from teacher_cache.manifest import Manifest, library_versions
 from teacher_cache.probe import ask, check_classes, check_labels, halve_until_it_fits, out_of_memory
 from teacher_cache.sources import BrokenSample, Source, open_source, source_fingerprints
-from teacher_cache.spec import BuildSpec, ComputeSpec, EncodingSpec, FieldSpec, SampledK, StoreSpec, TopK
+from teacher_cache.spec import BuildSpec, ComputeSpec, EncodingSpec, FidelitySpec, FieldSpec, SampledK, StoreSpec, TopK
 from teacher_cache.storage.ragged import require_room
 from teacher_cache.teachers import Teacher, load_teacher, resolve_device
 from teacher_cache.views import Recipe, Views, open_recipe
@@ -277,6 +277,22 @@ def encoding_fingerprint(
     return fingerprint("encoding", 1, kept)
 
 
+def numerics_fingerprint(opened: Opened, fidelity: FidelitySpec) -> str:
+    """Names what can change a last bit, and what is measured of it."""
+    spec = opened.spec
+    return fingerprint(
+        "numerics",
+        1,
+        {
+            "micro_batch": spec.teacher.micro_batch,
+            "threads": opened.teacher.threads or spec.compute.threads,
+            "device": opened.teacher.device,
+            # What is measured is stored; what is then demanded of it decides no byte.
+            "fidelity": fidelity.model_dump(mode="json", exclude={"max_kl"}),
+        },
+    )
+
+
 def store_fingerprint(store: StoreSpec) -> str:
     """Names how rows lie on disk."""
     return fingerprint("store", 1, store.model_dump(mode="json"))
@@ -298,15 +314,5 @@ def _identity(
         encoding=encoding_fingerprint(fields, shapes, constants),
         store=store_fingerprint(spec.store),
         extent=extent.fingerprint,
-        numerics=fingerprint(
-            "numerics",
-            1,
-            {
-                "micro_batch": spec.teacher.micro_batch,
-                "threads": opened.teacher.threads or spec.compute.threads,
-                "device": opened.teacher.device,
-                # What is measured is stored; what is then demanded of it decides no byte.
-                "fidelity": spec.fidelity.model_dump(mode="json", exclude={"max_kl"}),
-            },
-        ),
+        numerics=numerics_fingerprint(opened, spec.fidelity),
     )

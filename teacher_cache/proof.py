@@ -83,7 +83,7 @@ def measure(cache: Cache) -> Difference:
     found = []
     for view, row, pixels in zip(table["view"], table["row"], table["pixels"], strict=True):
         # A row may have become a tombstone in the meantime.
-        if cache.is_committed(view, row) and cache.is_alive(view, row):
+        if cache.proves(view, [row])[0]:
             now = cache.render_views(view, [row]).pixels_BCHW[0].numpy()
             found.append(np.abs(now.astype(np.int16) - np.frombuffer(pixels, np.uint8).reshape(now.shape)))
     if not found:

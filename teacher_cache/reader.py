@@ -260,17 +260,21 @@ class Cache:
         committed = sum(int(index.shards(view).sum()) for index in self.indices for view in index.views)
         return committed, sum(len(index.views) * index.addition.grid.shards for index in self.indices)
 
-    def is_committed(self, view: int, row: int) -> bool:
-        """Whether the proof of a view of a row is there."""
-        blocks = self._gatherer.blocks(PROOF, view)
-        return any(bool(block.index.committed(view, np.array([row]))[0]) for block in blocks)
+    def holds(self, field: str, view: int, rows: Rows) -> NDArray[np.bool_]:
+        """Which rows `read` would give, [rows]: planned, committed and no tombstones."""
+        return self._holds(self._named(field).wanted, view, np.asarray(rows, np.int64).reshape(-1))
 
-    def is_alive(self, view: int, row: int) -> bool:
-        """Whether a row has data, as far as its committed shard in a view knows."""
-        for block in self._gatherer.blocks(PROOF, view):
+    def proves(self, view: int, rows: Rows) -> NDArray[np.bool_]:
+        """Which rows have their `digests` and `params` in a view, [rows]."""
+        return self._holds(PROOF, view, np.asarray(rows, np.int64).reshape(-1))
+
+    def _holds(self, wanted: Wanted, view: int, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+        found = np.zeros(len(rows), np.bool_)
+        for block in self._gatherer.blocks(wanted, view):
+            found |= block.index.committed(view, rows)
             if not block.index.sealed:
-                self._gatherer.learn_from(block.index, view, np.array([row]))
-        return row not in self.samples.reasons
+                self._gatherer.learn_from(block.index, view, rows)
+        return found & ~np.isin(rows, list(self.samples.reasons))
 
     def __len__(self) -> int:
         return self.manifest.rows

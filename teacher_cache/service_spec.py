@@ -1,4 +1,7 @@
-"""What a build's configuration may say of a teacher behind a URL. None of it decides a byte; none of it is stored."""
+"""What a build's configuration may say of a teacher behind a URL, or of one that a service has asked before.
+
+None of it decides a byte; none of it is stored.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +52,10 @@ class ServiceSpec(_Closed):
         description="seconds that a question may wait in all, between its tries",
     )
     journal: str | None = Field(
-        default=None, exclude=True, description="folder of the paid answers, kept; default: CACHE.journal, until sealed"
+        default=None,
+        exclude=True,
+        description="folder of the paid answers, kept; default: CACHE.journal, until sealed. Of a teacher here: folder "
+        "of the answers that a service has computed",
     )
     budget: BudgetSpec = Field(default=BudgetSpec(), exclude=True)
 
@@ -69,5 +75,5 @@ class ServiceSpec(_Closed):
         return value
 
 
-REMOTE_ONLY = ("replicas", "concurrency", "timeout", "patience", "journal", "budget")
+REMOTE_ONLY = ("replicas", "concurrency", "timeout", "patience", "budget")
 """Keys that a teacher in this process has no use for."""

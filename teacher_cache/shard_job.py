@@ -33,7 +33,7 @@ from teacher_cache.spec import HEAD_INPUT, BuildSpec, is_logits
 from teacher_cache.storage import FileRecord, Store, open_store
 from teacher_cache.storage.root import Root
 from teacher_cache.tables import read_constants
-from teacher_cache.teachers import RemoteTeacher, begin_whole
+from teacher_cache.teachers import RemoteTeacher, Teacher, ViewNames, begin_whole, resolve_device, with_kept_answers
 from teacher_cache.views import How, Views
 from teacher_cache.views.philox import view_words
 
@@ -85,7 +85,15 @@ def open_job(root: Root, manifest: Manifest, opened: Opened, hold: Hold | None =
     item = opened.source.item if known is None else KnownItems(opened.source, known.samples)
     # The source may have grown since the addition was begun: partners come from the rows of the plan.
     loader = ViewLoader(opened.recipe, opened.digests[: manifest.rows], item, manifest.stops)
-    return job_of(root, addition, replace(opened, loader=loader), hold, known)
+    return job_of(root, addition, replace(opened, loader=loader, teacher=_first_kept(opened)), hold, known)
+
+
+def _first_kept(opened: Opened) -> Teacher:
+    """The teacher; one of this process is not asked about what a service has kept for the build."""
+    spec, teacher = opened.spec, opened.teacher
+    if spec.teacher.journal is None or isinstance(teacher, RemoteTeacher):
+        return teacher
+    return with_kept_answers(teacher, spec.teacher, resolve_device(spec.compute.device), spec.compute.threads)
 
 
 def job_of(root: Root, addition: Addition, opened: Opened, hold: Hold | None = None, known: Cache | None = None) -> Job:
@@ -261,9 +269,11 @@ class _Shard:
         views = self._views(decoded)
         labels = self.job.opened.source.labels
         labels_B = None if labels is None else torch.from_numpy(labels[rows])
-        return _Question(
-            rows, views, begin_whole(self.job.opened.teacher, views.pixels_BCHW, self.job.micro_batch, labels_B)
-        )
+        teacher, names = self.job.opened.teacher, None
+        if isinstance(teacher, RemoteTeacher):
+            keys = self.job.opened.source.keys
+            names = ViewNames(tuple(keys[row] for row in rows), self.view, views.digests())
+        return _Question(rows, views, begin_whole(teacher, views.pixels_BCHW, self.job.micro_batch, labels_B, names))
 
     def finish(self, question: _Question) -> None:
         """The same micro-batch, from the answer to encoded columns."""

@@ -268,3 +268,27 @@ def test_what_cannot_be_measured_on_is_refused_before_anybody_trains(
     with pytest.raises(RequestError, match=said):
         compare(spec)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("where", ["evaluate", "validation"])
+def test_an_arm_with_another_normalisation_than_what_it_is_measured_on_is_refused(
+    where: str, built: Path, arrays: Path, tmp_path: Path
+) -> None:
+    """Arms share their data, and not how their students see it: the first one fits, the second does not."""
+    ours, other = {"mean": [0.5], "std": [0.2]}, {"mean": [0.1], "std": [0.2]}
+    described = compare_spec(tmp_path / "run", built, arrays).model_dump(mode="json")
+    views = {"recipe": [{"normalize": ours}]}
+    measured = {
+        "evaluate": {"source": numpy_source(arrays), "views": views if where == "evaluate" else {"recipe": []}},
+        "validation": {"share": 0.3, "views": views if where == "validation" else None},
+    }
+    terms = [{"kind": "cross_entropy"}]
+
+    def spec(second: dict[str, Any]) -> CompareSpec:
+        arms = {"ce": terms, "second": {"objective": terms, **second}}
+        return parse(CompareSpec, {**described, "normalize": ours, **measured, "arms": arms}, "test")
+
+    with pytest.raises(SpecError, match=rf"{where}\.views\.recipe\.normalize.*0\.1"):
+        compare(spec({"normalize": other}))
+    assert not (tmp_path / "run").exists()
+    assert set(compare(spec({"normalize": ours})).history) == {"ce", "second"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -113,6 +114,13 @@ def test_what_a_batch_cost_is_told(built: Path) -> None:
     for batch in ViewStream(tc.open(built), batch_size=4):
         assert batch.spent is not None
         assert min(batch.spent.decode, batch.spent.view, batch.spent.target) > 0
+
+
+@ZARR
+@pytest.mark.parametrize("wrong", [{"seed": 2**32}, {"seed": -1}, {"check_views": -1}, {"view_order": "cyle"}])
+def test_arguments_that_mean_nothing_are_refused(wrong: dict[str, Any], built: Path) -> None:
+    with pytest.raises(SpecError, match=next(iter(wrong))):
+        ViewDataset(tc.open(built), **wrong)
 
 
 def test_what_is_no_row_number_is_refused(built: Path) -> None:

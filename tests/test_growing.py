@@ -399,7 +399,7 @@ def moments(changes: Changes) -> list[int]:
 class TestKilled:
     """SIGKILL at any moment of any growth; the same command ends with the bytes of one that nothing disturbed."""
 
-    @STORES
+    @pytest.mark.parametrize("kind", [pytest.param("zarr", marks=pytest.mark.slow), "parquet"])
     def test_at_several_moments(self, kind: str, data: Data, whole: dict[str, tc.Cache], tmp_path: Path) -> None:
         """Every growth of a history is killed, with each store at other moments; nothing committed is made again."""
         trees, kills = [], []

@@ -33,6 +33,7 @@ from services.client import TeacherClient, open_http_teacher
 from services.policy import Policy
 from services.retries import Patience, Retries
 from services.settings import Settings
+from services.status import Status
 from services.teachers import open_served
 from services.wire import pack_tensors
 from teacher_cache.errors import ServiceError, TeacherCacheError, TeacherError
@@ -280,7 +281,8 @@ def problem(status: int) -> bytes:
     return json.dumps({"status": status, **parts}).encode()
 
 
-GOOD = (200, {}, pack_tensors({"values": toy_logits(views(2))}, {"digest": "d"}))
+COMPUTED = torch.full((2,), Status.COMPUTED, dtype=torch.uint8)
+GOOD = (200, {}, pack_tensors({"values": toy_logits(views(2)), "status": COMPUTED}, {"digest": "d"}))
 
 
 def waits_of(monkeypatch: pytest.MonkeyPatch) -> list[float]:
@@ -405,8 +407,13 @@ def test_answers_that_are_none_are_refused() -> None:
 def test_every_request_of_a_build_names_the_digest_and_the_row_count_is_checked() -> None:
     served = toy_served(open_gate(ToyTeacher()))
     card = served.card(Settings(), Policy()).model_dump_json().encode()
-    good = pack_tensors({"values": toy_logits(views(2))}, {"digest": served.digest})
-    app = Scripted((200, {}, card), (200, {}, good), (200, {}, pack_tensors({"feature:x": torch.zeros(2)})), GOOD)
+    good = pack_tensors({"values": toy_logits(views(2)), "status": COMPUTED}, {"digest": served.digest})
+    app = Scripted(
+        (200, {}, card),
+        (200, {}, good),
+        (200, {}, pack_tensors({"feature:x": torch.zeros(2), "status": COMPUTED})),
+        GOOD,
+    )
     with running(app) as base:
         teacher = open_http_teacher(TeacherSpec(model=f"{base}/toy", micro_batch=8, api_key=KEY))
         assert torch.equal(teacher(views(2))["logits"], toy_logits(views(2)))

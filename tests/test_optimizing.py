@@ -149,6 +149,26 @@ def test_half_precision(precision: str, cache: Path) -> None:
     assert ends[precision] == pytest.approx(ends["float32"], rel=0.01)
 
 
+def test_a_step_that_the_scaler_skips_is_no_step() -> None:
+    """A gradient beyond float16, between two that fit: schedule, average and weights stay, the scale alone falls."""
+    student = nn.Linear(1, 1, bias=False)
+    stepper = Stepper(student, [], train(precision="float16", ema=0.9, momentum=0.9), 3, CPU)
+    seen = []
+    for number, size in enumerate((1.0, float("inf"), 1.0)):
+        stepper.take(student(torch.ones(1, 1)).sum() * size, number)
+        state = stepper.state_dict()
+        average = {name: value.clone() for name, value in state["average"].items()}
+        seen.append((stepper.progress, stepper.lr, float(student.weight.detach()), average, state["scaler"]["scale"]))
+    first, skipped, last = seen
+    assert skipped[:3] == first[:3]
+    assert skipped[3] == first[3]
+    assert skipped[4] == first[4] / 2
+    assert [entry[0] for entry in (first, last)] == pytest.approx([1 / 6, 2 / 6])
+    assert last[2] < first[2]
+    assert last[1] < first[1]
+    assert last[3]["n_averaged"] == 2 * first[3]["n_averaged"] == 2
+
+
 @pytest.mark.parametrize(
     "changes", [{}, {"ema": 0.9, "clip_norm": 1.0}, {"accumulate": 2, "schedule": "one_cycle", "momentum": 0.9}]
 )

@@ -199,7 +199,12 @@ def test_a_recipe_that_mixes_is_not_bisected(cluster: None, tmp_path: Path) -> N
     ("model", "kind", "message"),
     [
         ("Raises", BuildError, r"images/20 … images/23.*the poison was too much"),
-        ("OtherShape", BuildError, r"images/20 … images/23.*must answer logits as \(4, 10\)"),
+        pytest.param(
+            "OtherShape",
+            BuildError,
+            r"images/20 … images/23.*must answer logits as \(4, 10\)",
+            marks=pytest.mark.slow,
+        ),
         ("NaNs", NonFiniteError, r"images/20, view 0, logits.*nan"),
         pytest.param("Infinite", NonFiniteError, r"images/20, view 0, logits.*inf", marks=pytest.mark.slow),
     ],

@@ -457,7 +457,7 @@ def test_what_passes_is_survived(
     ("kind", "after", "says"),
     [
         pytest.param("500", 0, "the store refuses", marks=pytest.mark.slow),
-        ("reset", 30, "the connection breaks|cannot be reached"),
+        pytest.param("reset", 30, "the connection breaks|cannot be reached", marks=pytest.mark.slow),
         ("hang", 60, "does not answer in time"),
         pytest.param("lost", 100, "the connection breaks|cannot be reached", marks=pytest.mark.slow),
     ],

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from toy_service_models import SHAPE, ToyTeacher, toy_served, views
 
 from services.backlog import Backlog
-from services.pace import Pace
+from services.estimate import Estimate
 from services.settings import Settings
 from services.state import make_service
 from services.work import Expired, QueueFull, Request
@@ -28,12 +28,12 @@ class Clock:
         self.now = 1000.0
         monkeypatch.setattr("time.monotonic", lambda: self.now)
 
-    def batch(self, pace: Pace, seconds: float, times: int = 40) -> None:
+    def batch(self, estimate: Estimate, seconds: float, times: int = 40) -> None:
         """Batches of one length, until their mean is known."""
         for _ in range(times):
-            pace.start()
+            estimate.start()
             self.now += seconds
-            pace.stop()
+            estimate.stop()
 
 
 @pytest.fixture
@@ -91,11 +91,11 @@ def test_one_caller_leaves_room_for_others_and_two_get_the_same() -> None:
 
 def test_the_seconds_before_ones_own_work_are_bounded(clock: Clock) -> None:
     backlog = Backlog(SIZE, 1000, 3.5)
-    clock.batch(backlog.pace, 1.0)
+    clock.batch(backlog.estimate, 1.0)
     ask(backlog, "flood", 3 * SIZE)
     ask(backlog, "flood", SIZE)
     assert refused(lambda: ask(backlog, "flood", SIZE)) == 1
-    backlog.pace.start()
+    backlog.estimate.start()
     assert refused(lambda: ask(backlog, "flood", SIZE)) == 2
     # Who does not queue behind the flood does not wait for it.
     ask(backlog, "me", SIZE)
@@ -103,19 +103,19 @@ def test_the_seconds_before_ones_own_work_are_bounded(clock: Clock) -> None:
 
 def test_a_large_request_finds_an_empty_queue_however_long_it_takes(clock: Clock) -> None:
     backlog = Backlog(SIZE, 1000, 1.0)
-    clock.batch(backlog.pace, 1.0)
+    clock.batch(backlog.estimate, 1.0)
     ask(backlog, "me", 100 * SIZE)
 
 
 def test_a_deadline_that_cannot_be_met_is_refused_at_once(clock: Clock) -> None:
     backlog = Backlog(SIZE, 1000, 60)
-    clock.batch(backlog.pace, 1.0)
+    clock.batch(backlog.estimate, 1.0)
     ask(backlog, "me", 4 * SIZE)
     backlog.require_room("me", SIZE, clock.now + 5.1)
     assert refused(lambda: backlog.require_room("me", SIZE, clock.now + 4.9)) == 1
     assert refused(lambda: backlog.require_room("me", SIZE, clock.now + 2.5)) == 3
     backlog.require_room("you", SIZE, clock.now + 2.1)
-    backlog.pace.start()
+    backlog.estimate.start()
     assert refused(lambda: backlog.require_room("you", SIZE, clock.now + 2.1)) == 1
     clock.now += 1
     backlog.require_room("you", SIZE, clock.now + 2.1)
@@ -125,7 +125,7 @@ def test_a_deadline_that_cannot_be_met_is_refused_at_once(clock: Clock) -> None:
 
 def test_an_old_estimate_does_not_shut_the_door_of_a_free_model(clock: Clock) -> None:
     backlog = Backlog(SIZE, 1000, 60)
-    clock.batch(backlog.pace, 30.0)
+    clock.batch(backlog.estimate, 30.0)
     assert refused(lambda: backlog.require_room("me", 1, clock.now + 1)) >= 29
     clock.now += 11
     backlog.require_room("me", 1, clock.now + 1)
@@ -134,19 +134,19 @@ def test_an_old_estimate_does_not_shut_the_door_of_a_free_model(clock: Clock) ->
 
 
 def test_the_estimate_follows_and_doubts(clock: Clock) -> None:
-    pace = Pace()
-    assert pace.seconds(10) == 0
-    clock.batch(pace, 1.0)
-    assert pace.seconds(10) == pytest.approx(10, rel=1e-3)
-    clock.batch(pace, 2.0, times=1)
-    assert 1 < pace.mean < 2
-    assert pace.seconds(10) > 10 * pace.mean
-    clock.batch(pace, 2.0)
-    assert pace.mean == pytest.approx(2, rel=0.01)
-    pace.start()
+    estimate = Estimate()
+    assert estimate.seconds(10) == 0
+    clock.batch(estimate, 1.0)
+    assert estimate.seconds(10) == pytest.approx(10, rel=1e-3)
+    clock.batch(estimate, 2.0, times=1)
+    assert 1 < estimate.mean < 2
+    assert estimate.seconds(10) > 10 * estimate.mean
+    clock.batch(estimate, 2.0)
+    assert estimate.mean == pytest.approx(2, rel=0.01)
+    estimate.start()
     clock.now += 50
-    pace.stop(count=False)
-    assert pace.mean == pytest.approx(2, rel=0.01)
+    estimate.stop(count=False)
+    assert estimate.mean == pytest.approx(2, rel=0.01)
 
 
 def test_the_mark_is_where_callers_are_sent_away(clock: Clock) -> None:
@@ -156,7 +156,7 @@ def test_the_mark_is_where_callers_are_sent_away(clock: Clock) -> None:
     ask(backlog, "b", 1)
     assert backlog.full
     slow = Backlog(SIZE, 10_000, 5.0)
-    clock.batch(slow.pace, 1.0)
+    clock.batch(slow.estimate, 1.0)
     ask(slow, "a", 5 * SIZE)
     assert not slow.full
     ask(slow, "b", 1)

@@ -11,8 +11,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from toy_batching import LOGITS, ME, batching, blocked, logits_of
-from toy_service_models import POISON, ToyTeacher, open_gate, toy_logits, views, wait_until
+from toy_service_models import POISON, ToyTeacher, open_gate, toy_logits, toy_served, views, wait_until
 
+from services.batching import Batcher
 from services.wire import identity_of
 from services.work import Expired, QueueFull, TeacherFailed
 
@@ -314,3 +315,22 @@ def test_identities_tell_pixels_order_and_shape_apart(seed: int, count: int) -> 
     assert identity_of(images.flip(0)) != identity_of(images) or count == 1
     flat = images.reshape(count, 1, images.shape[1] * images.shape[2], images.shape[3])
     assert identity_of(flat) != identity_of(images)
+
+
+def test_what_has_room_as_a_whole_is_let_in_part_by_part() -> None:
+    """A request of many parts is asked about once: its first parts do not shut the door on its last."""
+    teacher = ToyTeacher()
+    batcher = Batcher(toy_served(teacher), 100, 0.001)
+    batcher.start()
+    try:
+        wait_until(lambda: batcher.warm)
+        blocked(teacher, batcher)
+        batcher.require_room("you", 40, time.monotonic() + 60)
+        answers = [batcher.submit(views(8, number), LOGITS, "you") for number in range(5)]
+        teacher.gate.set()
+        assert all(
+            torch.equal(logits_of(answer), toy_logits(views(8, number))) for number, answer in enumerate(answers)
+        )
+    finally:
+        teacher.gate.set()
+        batcher.stop()

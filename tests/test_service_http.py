@@ -38,6 +38,7 @@ from toy_service_models import (
 from services.answers import log_probs, top_k
 from services.app import create_app
 from services.settings import Settings
+from services.status import Status
 from services.wire import pack_images, unpack_metadata, unpack_tensors
 from teacher_cache.errors import SpecError
 
@@ -115,7 +116,8 @@ def test_a_known_card_is_not_sent_again(client: httpx.Client) -> None:
 def test_logits_are_the_teachers(client: httpx.Client, count: int) -> None:
     images = views(count, count)
     found = ask(client, images)
-    assert list(found) == ["values"]
+    assert sorted(found) == ["status", "values"]
+    assert found["status"].tolist() == [Status.COMPUTED] * count
     assert torch.equal(found["values"], toy_logits(images))
 
 
@@ -170,7 +172,7 @@ def test_features_come_raw_beside_the_transformed_logits(client: httpx.Client) -
     assert torch.equal(found["feature:pixels"], images.float())
     torch.testing.assert_close(found["values"].sum(1), torch.ones(9))
     alone = ask(client, images, fields="feature:pixels")
-    assert list(alone) == ["feature:pixels"]
+    assert sorted(alone) == ["feature:pixels", "status"]
 
 
 def test_a_safetensors_answer_says_what_it_is(client: httpx.Client) -> None:
@@ -182,6 +184,7 @@ def test_a_safetensors_answer_says_what_it_is(client: httpx.Client) -> None:
         "output": "probs",
         "temperature": "2.0",
         "resized": "false",
+        "encodings": "{}",
     }
 
 
@@ -208,7 +211,7 @@ def test_json_names_the_classes_and_has_no_nan(client: httpx.Client) -> None:
     assert answer["tail_logmass"] == [None]
     assert sum(math.exp(value) for value in answer["values"][0]) == pytest.approx(1)
     plain = client.post(PREDICT, content=picture("PNG"), headers=PNG).json()
-    assert plain.keys() == {"teacher", "digest", "output", "temperature", "resized", "values"}
+    assert plain.keys() == {"teacher", "digest", "output", "temperature", "resized", "status", "encodings", "values"}
 
 
 # ---------------------------------------------------------------- encoded images
@@ -446,7 +449,7 @@ def test_request_ids_are_echoed_or_made(client: httpx.Client) -> None:
 
 
 KEY = "correct-horse"
-PLACES = ["/v1/teachers", "/v1/teachers/toy", "/nowhere", "/openapi.json", "/livez/", "/docs", "//livez"]
+PLACES = ["/v1/teachers", "/v1/teachers/toy", "/nowhere", "/openapi.json", "/livez/", "/docs", "/%2Flivez"]
 
 
 @pytest.fixture(scope="module")
@@ -570,7 +573,7 @@ def test_an_internal_error_tells_nothing(monkeypatch: pytest.MonkeyPatch, client
     def fails(*_arguments: object) -> None:
         raise RuntimeError("/secret/path")
 
-    monkeypatch.setattr("services.routes._response", fails)
+    monkeypatch.setattr("services.predicting.respond", fails)
     require_problem(client.post(PREDICT, content=IMAGES, headers=TENSORS), 500)
     monkeypatch.undo()
     assert client.post(PREDICT, content=IMAGES, headers=TENSORS).status_code == 200

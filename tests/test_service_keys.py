@@ -24,6 +24,7 @@ from services.__main__ import main
 from services.app import create_app
 from services.books import Books
 from services.identity import OPEN_PATHS
+from services.page import PATHS
 from services.policy import Policy
 from services.settings import Settings
 from services.state_folder import StateFolder
@@ -192,17 +193,17 @@ def requests_of(routes: list[Any]) -> Iterator[tuple[str, str]]:
             yield method, re.sub(r"\{[^}]*\}", "toy", route.path)
 
 
-def test_every_route_but_the_probes_asks_for_a_key(folder: StateFolder) -> None:
+def test_every_route_but_the_probes_and_the_page_asks_for_a_key(folder: StateFolder) -> None:
     key = keys.add(folder, "alice", Policy())
     app = create_app({"toy": toy_served(open_gate(ToyTeacher()))}, Settings(state=folder.path))
     asked = set(requests_of(app.routes))
-    assert {("GET", "/v1/usage"), ("POST", PREDICT), ("GET", "/openapi.json"), ("GET", "/livez")} <= asked
+    assert {("GET", "/v1/usage"), ("POST", PREDICT), ("GET", "/openapi.json"), ("GET", "/livez"), ("GET", "/")} <= asked
     with running(app) as url, httpx.Client(base_url=url) as client:
         wait_until(lambda: client.get("/readyz").status_code == 200)
         for method, path in asked:
             without = client.request(method, path)
             wrong = client.request(method, path, headers=bearer("ts_wrong"))
-            if path in OPEN_PATHS:
+            if path in OPEN_PATHS | PATHS:
                 assert without.status_code == 200
                 continue
             assert without.status_code == wrong.status_code == 401, (method, path)

@@ -12,7 +12,7 @@ from fastapi import Request
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services import upload
+from services import body
 from services.large_response import SLICE, LargeResponse
 from services.problems import Problem
 from services.settings import Settings
@@ -29,7 +29,7 @@ def uploaded(chunks: list[bytes], most: int) -> bytes:
 
     request = Request({"type": "http", "method": "POST", "headers": []}, receive)
     settings = Settings(max_body_bytes=most, max_images=1)
-    return bytes(asyncio.run(upload.read_body(request, settings)))
+    return bytes(asyncio.run(body.read_body(request, settings)))
 
 
 @given(CHUNKS.filter(lambda chunks: any(chunks)), st.integers(1, 200))
@@ -49,13 +49,13 @@ def test_an_empty_body_is_empty() -> None:
 
 def test_chunks_are_joined_beside_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     threads: list[threading.Thread] = []
-    joined = upload._joined
+    joined = body._joined
 
     def noted(chunks: list[bytes]) -> memoryview:
         threads.append(threading.current_thread())
         return joined(chunks)
 
-    monkeypatch.setattr(upload, "_joined", noted)
+    monkeypatch.setattr(body, "_joined", noted)
     assert uploaded([b"a", b"b"], 10) == b"ab"
     assert threads[0] is not threading.main_thread()
 
@@ -96,8 +96,8 @@ def answered(pieces: list[bytes]) -> tuple[list[dict[str, Any]], int]:
 def test_an_answer_leaves_in_slices_and_others_have_their_turn(sizes: list[int]) -> None:
     pieces = [bytes([number + 65]) * size for number, size in enumerate(sizes)]
     (start, *bodies), turns = answered(pieces)
-    assert b"".join(body["body"] for body in bodies) == b"".join(pieces)
+    assert b"".join(one["body"] for one in bodies) == b"".join(pieces)
     assert (b"content-length", str(sum(sizes)).encode()) in start["headers"]
-    assert all(len(body["body"]) <= SLICE for body in bodies)
-    assert [body.get("more_body", False) for body in bodies] == [True] * (len(bodies) - 1) + [False]
+    assert all(len(one["body"]) <= SLICE for one in bodies)
+    assert [one.get("more_body", False) for one in bodies] == [True] * (len(bodies) - 1) + [False]
     assert turns >= len(bodies) - 1

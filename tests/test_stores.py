@@ -416,14 +416,14 @@ def test_no_swap_is_read(kind: str, group: Group, seed: int) -> None:
     packed, elsewhere = pack_all(store, group, grid, twice), pack_all(store, other, grid, twice)
     for number, (record, own) in enumerate(packed[0]):
         for foreign in (packed[1][number][1], elsewhere[0][number][1]):
+            if kind == "zarr":
+                # The same rows give the same file wherever they stand: nothing is wrong then, and none raises.
+                assert foreign == own
+                continue
             with written(store, group, packed) as root:
                 (root / record.path).write_bytes(foreign)
-                if kind == "zarr":
-                    # The same rows give the same file wherever they stand: nothing is wrong then, and none raises.
-                    assert foreign == own
-                else:
-                    with pytest.raises(CorruptionError):
-                        gather(store, root, group, grid, packed, group.parts[0].name, [0])
+                with pytest.raises(CorruptionError):
+                    gather(store, root, group, grid, packed, group.parts[0].name, [0])
     different = pack_all(store, group, grid, columns_of(group, 8, seed + 1))
     for number, (record, own) in enumerate(different[0]):
         if different[1][number][1] == own:

@@ -55,6 +55,7 @@ def test_drop_last_leaves_out_the_ragged_batch(built: Path) -> None:
     assert [len(batch) for batch in stream] == [4] * 6 == [4] * len(stream)
 
 
+@pytest.mark.parametrize("built", ["zarr"], indirect=True)
 @settings(max_examples=20)
 @given(stop=st.integers(0, 20), seed=st.integers(0, 5))
 def test_going_on_gives_the_batches_that_are_left(built: Path, stop: int, seed: int) -> None:
@@ -77,11 +78,11 @@ def test_going_on_gives_the_batches_that_are_left(built: Path, stop: int, seed: 
 
 
 @pytest.mark.parametrize("built", ["zarr"], indirect=True)
-@pytest.mark.parametrize("order", ["epoch", "random"])
-def test_workers_change_nothing(built: Path, order: Any) -> None:
+def test_workers_change_nothing(built: Path) -> None:
+    """In an order that draws, too: a worker has nothing but the epoch and the step to go by."""
     cache = tc.open(built)
-    alone = batches(ViewStream(cache, batch_size=4, seed=1, view_order=order), 2)
-    helped = batches(ViewStream(cache, batch_size=4, seed=1, view_order=order, workers=2), 2)
+    alone = batches(ViewStream(cache, batch_size=4, seed=1, view_order="random"), 2)
+    helped = batches(ViewStream(cache, batch_size=4, seed=1, view_order="random", workers=2), 2)
     assert len(alone) == len(helped)
     assert all(same(a, b) for a, b in zip(alone, helped, strict=True))
 

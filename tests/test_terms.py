@@ -242,6 +242,38 @@ def test_what_does_not_fit_is_refused_before_the_first_step(term: Term, node: An
         Objective([term]).join(Shapes({"maps": node}, {"f": field}))
 
 
+class TestThreeByThree:
+    """A hint whose projection looks around each place."""
+
+    @pytest.mark.parametrize("channels", [1, 3])
+    def test_it_is_there_whatever_the_widths(self, channels: int) -> None:
+        objective = Objective([Feature("maps", "f", kernel=3)])
+        objective.join(Shapes({"maps": (3, 5, 4)}, {"f": (channels, 5, 4)}))
+        (joint,) = objective.joints
+        assert joint(torch.zeros(2, 3, 5, 4)).shape == (2, channels, 5, 4)
+        assert sorted(tuple(weight.shape) for weight in joint.parameters()) == [(channels,), (channels, 3, 3, 3)]
+
+    def test_it_is_trained(self, cache: Path, batch: Batch) -> None:
+        """By `fit`: before a student that stays as it is, what falls is due to the projection."""
+        objective = Objective([Feature("maps", "feature:stem", 0.1, kernel=3)])
+        student, train = seeded(Net).requires_grad_(False), TrainSpec(epochs=3, batch_size=9, lr=0.05, device="cpu")
+        history = fit(student, ViewStream(tc.open(cache), batch_size=9, fields=objective.fields), objective, train)
+        assert history.history[-1]["feature"] < 0.9 * history.history[0]["feature"]
+        (joint,) = objective.joints
+        weight, bias = joint.parameters()
+        with Taps(student, objective.nodes) as answer:
+            said = answer(images(batch))
+        around = nn.functional.conv2d(said.nodes["maps"], weight, bias, padding=1)
+        _, values = objective(said, batch)
+        wanted = (around - batch.targets["feature:stem"].dense().values).square().mean()
+        assert float(values["feature"]) == pytest.approx(float(wanted.detach()), rel=1e-5)
+
+    @pytest.mark.parametrize(("node", "field"), [((3, 8, 8), (1,)), ((3,), (3,)), ((4, 3), (4, 5))])
+    def test_vectors_have_no_surroundings(self, node: Any, field: Any) -> None:
+        with pytest.raises(SpecError, match=r"feature\.kernel.*is for maps on both sides"):
+            Objective([Feature("maps", "f", kernel=3)]).join(Shapes({"maps": node}, {"f": field}))
+
+
 def test_equal_widths_need_no_projection() -> None:
     for shape in ((3,), (3, 8, 8), (16, 32)):
         objective = Objective([Feature("maps", "f")])
@@ -315,6 +347,7 @@ CONFIGURED: list[tuple[dict[str, Any], Term]] = [
         HeadsKD("a", ("logits", "b/logits"), temperature=2.0),
     ),
     ({"kind": "feature", "node": "a", "field": "b", "distance": "mae"}, Feature("a", "b", distance="mae")),
+    ({"kind": "feature", "node": "a", "field": "b", "kernel": 3}, Feature("a", "b", kernel=3)),
     ({"kind": "attention", "node": "a", "field": "b", "weight": 15.6}, AttentionTransfer("a", "b", 15.6)),
     ({"kind": "relations", "node": "a", "field": "b", "angle_weight": 0}, Relations("a", "b", angle_weight=0.0)),
     ({"kind": "flow", "nodes": ["a", "b"], "field": "c"}, Flow(("a", "b"), "c")),

@@ -17,10 +17,14 @@ class BasicBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(outputs)
         self._stride, self._padding = stride, (outputs - inputs) // 2
 
+    def shortcut(self, x_BCHW: Tensor) -> Tensor:
+        """The input, brought to the output's shape."""
+        strided = x_BCHW[:, :, :: self._stride, :: self._stride]
+        return functional.pad(strided, (0, 0, 0, 0, self._padding, self._padding))
+
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """[B, C, H, W] to [B, C', H / stride, W / stride]."""
-        shortcut = x_BCHW[:, :, :: self._stride, :: self._stride]
-        shortcut = functional.pad(shortcut, (0, 0, 0, 0, self._padding, self._padding))
+        shortcut = self.shortcut(x_BCHW)
         x_BCHW = functional.relu(self.bn1(self.conv1(x_BCHW)))
         return functional.relu(self.bn2(self.conv2(x_BCHW)) + shortcut)
 

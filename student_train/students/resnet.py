@@ -8,28 +8,24 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional
 
+from student_train.students.cifar_resnet import BasicBlock
 from student_train.students.parts import initialise, require_width
 
 
-class ProjectionBlock(nn.Module):
+class ProjectionBlock(BasicBlock):
     """Two 3×3 convolutions; where the shape changes the shortcut is a strided 1×1 convolution (option B)."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(outputs)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(outputs)
+        super().__init__(inputs, outputs, stride)
         self.downsample = nn.Sequential()
         if inputs != outputs:
             self.downsample.append(nn.Conv2d(inputs, outputs, 1, stride, bias=False))
             self.downsample.append(nn.BatchNorm2d(outputs))
 
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        """[B, C, H, W] to [B, C', H / stride, W / stride]."""
-        shortcut = self.downsample(x_BCHW)
-        x_BCHW = functional.relu(self.bn1(self.conv1(x_BCHW)))
-        return functional.relu(self.bn2(self.conv2(x_BCHW)) + shortcut)
+    def shortcut(self, x_BCHW: Tensor) -> Tensor:
+        """The input, brought to the output's shape."""
+        projected: Tensor = self.downsample(x_BCHW)
+        return projected
 
 
 class ResNet(nn.Module):

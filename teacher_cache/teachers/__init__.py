@@ -14,12 +14,22 @@ from teacher_cache.errors import TeacherError
 from teacher_cache.fingerprint import bytes_digest
 from teacher_cache.imports import import_attribute, timm_model, torchvision_model
 from teacher_cache.spec import NormalizeSpec, TeacherSpec
-from teacher_cache.teachers.base import RemoteTeacher, Teacher, ask_whole, begin_whole
+from teacher_cache.teachers.base import RemoteTeacher, Teacher, ViewNames, ask_whole, begin_whole
 from teacher_cache.teachers.exported import ExportedModule
 from teacher_cache.teachers.torch_teacher import TorchTeacher
 from teacher_cache.teachers.weights import load_into, state_digest
 
-__all__ = ["RemoteTeacher", "Teacher", "TorchTeacher", "ask_whole", "begin_whole", "load_teacher", "resolve_device"]
+__all__ = [
+    "RemoteTeacher",
+    "Teacher",
+    "TorchTeacher",
+    "ViewNames",
+    "ask_whole",
+    "begin_whole",
+    "load_teacher",
+    "resolve_device",
+    "with_kept_answers",
+]
 
 
 def resolve_device(device: str) -> str:
@@ -63,6 +73,19 @@ def _plugged_in(scheme: str, spec: TeacherSpec, normalize: NormalizeSpec | None)
         return teacher
     hint = "Install the package that provides it."
     raise TeacherError("teacher.model", f"no installed package opens {scheme}://", spec.model, hint)
+
+
+def with_kept_answers(teacher: Teacher, spec: TeacherSpec, device: str, threads: int) -> Teacher:
+    """A teacher of this process that takes what a service has computed from its journal (`teacher.journal`).
+
+    Raises:
+        TeacherError: no installed package reads such journals, or there is none in that folder.
+    """
+    for entry in entry_points(group="teacher_cache.journals", name="teacher-serve"):
+        adopting: Teacher = entry.load()(teacher, spec, device, threads)
+        return adopting
+    hint = "Install the package that provides it, or leave the journal out."
+    raise TeacherError("teacher.journal", "no installed package reads it", spec.journal, hint)
 
 
 def _load_module(spec: TeacherSpec) -> tuple[nn.Module, dict[str, Any]]:

@@ -4,12 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from teacher_cache.spec import needs_label
+
+
+@dataclass(frozen=True, eq=False)
+class ViewNames:
+    """What views are called: a service that has the data set, too, need not be sent their pixels."""
+
+    keys: tuple[str, ...]
+    """Of the samples."""
+    view: int
+    """Its number, the same for all."""
+    digests: NDArray[np.uint64]
+    """Pixel digests: what makes sure that it is these views."""
 
 
 def padded(views_BCHW: Tensor, micro_batch: int) -> Tensor:
@@ -34,12 +49,19 @@ def ask_whole(
 
 
 def begin_whole(
-    teacher: Teacher, views_BCHW: Tensor, micro_batch: int, labels_B: Tensor | None = None
+    teacher: Teacher,
+    views_BCHW: Tensor,
+    micro_batch: int,
+    labels_B: Tensor | None = None,
+    names: ViewNames | None = None,
 ) -> Callable[[], dict[str, Tensor]]:
-    """`ask_whole` in two steps: gives what returns the answer; a remote teacher is under way to it meanwhile."""
+    """`ask_whole` in two steps: gives what returns the answer; a remote teacher is under way to it meanwhile.
+
+    `names` are the views', for a remote teacher.
+    """
     whole = padded(views_BCHW, micro_batch)
     if isinstance(teacher, RemoteTeacher):
-        return teacher.submit(whole).result
+        return teacher.submit(whole, names).result
     if not any(map(needs_label, teacher.fields)):
         return lambda: teacher(whole)
     filled_B = torch.zeros(micro_batch, dtype=torch.int64)
@@ -90,8 +112,8 @@ class RemoteTeacher(Teacher, Protocol):
     def concurrency(self) -> int:
         """How many questions may be under way at once."""
 
-    def submit(self, views_BCHW: Tensor, /) -> Future[dict[str, Tensor]]:
-        """`__call__`, answered later."""
+    def submit(self, views_BCHW: Tensor, names: ViewNames | None, /) -> Future[dict[str, Tensor]]:
+        """`__call__`, answered later; `names` are those of the first views, the others are fillings."""
 
     def shapes(self, view_shape: tuple[int, ...], /) -> dict[str, tuple[int, ...]]:
         """The shape of one row of each field, without asking a question.

@@ -10,7 +10,6 @@ rounds' ratios. One thread; two workers prepare batches where that is said.
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import statistics
 import tempfile
@@ -21,7 +20,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import torch
-from bench_views import photograph, ratio
+from bench_views import Rows, photograph, ratio, show
 from torch import Tensor, nn
 
 import teacher_cache as tc
@@ -35,7 +34,6 @@ from teacher_cache.spec import BuildSpec, FolderSource, NormalizeSpec, ParquetSo
 from teacher_cache.teachers.weights import load_into
 from teacher_cache.views import normalize
 
-Rows = dict[str, str]
 Step = Callable[[], None]
 ROWS, BATCH, TURN = 2048, 128, 3
 NORMALIZE = NormalizeSpec(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
@@ -229,12 +227,7 @@ def main() -> None:
         found |= steps(asked.rounds, rows, caches, teachers)
         found |= shares(caches["ResNet-56"])
         found |= epochs(asked.rounds, root)
-    if asked.json:
-        print(json.dumps(found, indent=2, ensure_ascii=False))
-        return
-    width = max(map(len, found))
-    for name, value in found.items():
-        print(f"{name:<{width}}  {value}")
+    show(found, asked.json)
 
 
 if __name__ == "__main__":

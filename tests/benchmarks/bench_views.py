@@ -276,7 +276,12 @@ def run(parts: Iterable[Callable[[int], Rows]], described: str | None) -> None:
     found: Rows = {"machine": platform.processor() or platform.machine(), **library_versions(), "threads": "1"}
     for part in parts:
         found |= part(asked.rounds)
-    if asked.json:
+    show(found, asked.json)
+
+
+def show(found: Rows, as_json: bool) -> None:
+    """A table, or one JSON document."""
+    if as_json:
         print(json.dumps(found, indent=2, ensure_ascii=False))
         return
     width = max(map(len, found))

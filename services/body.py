@@ -1,4 +1,7 @@
-"""The body of a request: as long as it may be, in the time that it has, and without a copy that everyone waits for."""
+"""A request's body: read within limits of bytes and of time, whatever its headers say.
+
+What took a while to arrive is put together beside the event loop, a chunk at a time.
+"""
 
 from __future__ import annotations
 

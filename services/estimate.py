@@ -10,7 +10,7 @@ _CAUTION = 2.0
 _FRESH = 10.0
 
 
-class Pace:
+class Estimate:
     """The smoothed time of a batch and its smoothed deviation, with the weights of RFC 6298, section 2.
 
     Not thread-safe: whoever calls it holds the batcher's lock.
