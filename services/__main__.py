@@ -1,4 +1,4 @@
-"""`teacher-serve CONFIG`: serves the teacher of a build's configuration. `predict`, `keys`, `audit` are beside it."""
+"""`teacher-serve CONFIG…`: serves the teachers of builds' configurations. `predict`, `keys`, `audit` are beside it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from services.teachers import open_served
 from services.transport import KEY_VARIABLE
 from teacher_cache import console
 from teacher_cache.errors import SpecError
-from teacher_cache.spec import load_spec, parse
+from teacher_cache.spec import BuildSpec, load_spec, parse
 
 _SERVICE = "service."
 
@@ -39,10 +39,10 @@ class _ServeUnlessSaid(TyperGroup):
 
 
 def serve(
-    config: Annotated[Path, typer.Argument(help="The build's YAML file.", show_default=False)],
+    configs: Annotated[list[Path], typer.Argument(help="The builds' YAML files.", show_default=False)],
     overrides: Annotated[
         list[str] | None,
-        typer.Option("--set", help="KEY=VALUE of the configuration, or service.KEY=VALUE of a limit."),
+        typer.Option("--set", help="KEY=VALUE of every configuration, or service.KEY=VALUE of a limit."),
     ] = None,
     host: Annotated[str, typer.Option(help="Address; beyond loopback a key is needed.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port; 0 takes a free one.")] = 8000,
@@ -50,18 +50,16 @@ def serve(
         Path | None,
         typer.Option(help="Folder of keys, usage and audit (`teacher-serve keys`); nobody comes in without one."),
     ] = None,
-    name: Annotated[str | None, typer.Option(help="Last part of the URL; default: teacher.name.")] = None,
+    name: Annotated[str | None, typer.Option(help="Last part of one teacher's URL; default: teacher.name.")] = None,
     log_level: Annotated[Level, typer.Option(help="Of the JSON lines (text at a terminal) on stderr.")] = Level.INFO,
 ) -> None:
-    """Serves a teacher's answers over HTTP, without its weights.
+    """Serves teachers' answers over HTTP, without their weights. Each has its own name, queue and threads.
 
     One key that may ask everything is read from TEACHER_API_KEY; others, with limits, are in the --state folder.
     """
     given = overrides or []
     settings = _settings(given, host, port, state)
-    ours = [item for item in given if not item.startswith(_SERVICE)]
-    named = [] if name is None else [f"teacher.name={json.dumps(name)}"]
-    spec = load_spec(config, [*ours, *named])
+    specs = _specs(configs, [item for item in given if not item.startswith(_SERVICE)], name)
     with contextlib.ExitStack() as opened:
         opened.enter_context(logging_to(sys.stderr, log_level))
         listener = opened.enter_context(bind(host, port))
@@ -69,14 +67,30 @@ def serve(
         if settings.admin_port is not None:
             admin = opened.enter_context(bind(LOOPBACK, settings.admin_port, "service.admin_port"))
         books = opened.enter_context(contextlib.closing(Books(settings)))
-        served = open_served(spec, from_cache=settings.from_cache)
-        app = create_app({served.name: served}, settings, books)
+        teachers = [open_served(spec, from_cache=settings.from_cache) for spec in specs]
+        app = create_app({served.name: served for served in teachers}, settings, books)
         address = f"[{host}]" if ":" in host else host
-        url = f"http://{address}:{listener.getsockname()[1]}/{served.name}"
-        print(f"serving {served.name}, digest {served.digest}, at {url}", flush=True)
+        for served in teachers:
+            url = f"http://{address}:{listener.getsockname()[1]}/{served.name}"
+            print(f"serving {served.name}, digest {served.digest}, at {url}", flush=True)
         if admin is not None:
             print(f"admin at http://{LOOPBACK}:{admin.getsockname()[1]}", flush=True)
         run(app, listener, admin)
+
+
+def _specs(configs: list[Path], overrides: list[str], name: str | None) -> list[BuildSpec]:
+    """What is served, each under a name of its own."""
+    if name is not None and len(configs) > 1:
+        hint = "Set teacher.name in each configuration."
+        raise SpecError("--name", "names one teacher", f"{name} for {len(configs)} configurations", hint)
+    named = [] if name is None else [f"teacher.name={json.dumps(name)}"]
+    specs = [load_spec(config, [*overrides, *named]) for config in configs]
+    names = [spec.teacher.name for spec in specs]
+    twice = next((one for one in names if names.count(one) > 1), None)
+    if twice is not None:
+        hint = "It is the last part of the URL: give each configuration another one."
+        raise SpecError("teacher.name", "must be another for each teacher that is served", twice, hint)
+    return specs
 
 
 def _settings(overrides: list[str], host: str, port: int, state: Path | None) -> Settings:

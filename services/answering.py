@@ -42,6 +42,8 @@ class Desk:
     use: CacheUse
     strict: bool
     """Whether one item without an answer leaves the others without one, too."""
+    caller: str
+    """Who asks, and so in whose line it waits."""
     deadline: float = math.inf
     spent: Spent = field(default_factory=Spent)
     """Where the time in the queue and the model is counted."""
@@ -50,7 +52,7 @@ class Desk:
         """Raises `QueueFull` where not even one image would be taken, and the model has to be asked."""
         if self.use == "only" or (self.use == "prefer" and (self.kept is not None or self._may_be_cached)):
             return
-        self.batcher.require_room(1)
+        self.batcher.require_room(self.caller, 1, self.deadline)
 
     @property
     def _may_be_cached(self) -> bool:
@@ -61,7 +63,7 @@ class Desk:
         """Everything that the plan leaves open.
 
         Raises:
-            QueueFull: too many images wait.
+            QueueFull: too much waits.
             Expired: the deadline passed.
             TeacherFailed: it fails on the only item, or with `strict` on one of them.
             Problem: 404 or 422 for the first item without an answer, with `strict` or where there is none at all; 503
@@ -75,7 +77,8 @@ class Desk:
         computed: list[list[Part]] = []
         if left and self.use != "only":
             # Nothing is refused for want of room that is there already.
-            self.batcher.require_room(sum(len(question.images_BCHW) for question in left))
+            images = sum(len(question.images_BCHW) for question in left)
+            self.batcher.require_room(self.caller, images, self.deadline)
             computed = await together([self._ask(question, failed) for question in left])
         parts = [*plan.parts, *(part for part in kept if part is not None), *chain.from_iterable(computed)]
         tensors, status = await asyncio.to_thread(assembled, plan, parts, failed)
@@ -136,7 +139,7 @@ class Desk:
             raise _no_journal("must take an answer before it leaves", "it cannot be written") from None
 
     async def _compute(self, images_BCHW: Tensor, identity: bytes | None) -> Fields:
-        asked = self.batcher.submit(images_BCHW, self.wanted.fields, self.deadline, identity)
+        asked = self.batcher.submit(images_BCHW, self.wanted.fields, self.caller, self.deadline, identity)
         found = await unless_stopped(asked)
         self.spent.computing(asked.asked, asked.entered, asked.left)
         return found

@@ -1,28 +1,38 @@
-"""A request's body: read within limits of bytes and of time, whatever its headers say."""
+"""A request's body: read within limits of bytes and of time, whatever its headers say.
+
+What took a while to arrive is put together beside the event loop, a chunk at a time.
+"""
 
 from __future__ import annotations
 
 import asyncio
 
+import numpy as np
 from fastapi import Request
 
 from services.problems import Problem
 from services.settings import Settings
+from services.tensor_body import Buffer
 
 
-async def read_body(request: Request, settings: Settings) -> bytes:
-    """Reads the body, and stops where it grows too long or takes too long, whatever its headers say."""
+async def read_body(request: Request, settings: Settings) -> Buffer:
+    """Reads the body, and stops where it grows too long or takes too long, whatever its headers say.
+
+    Raises:
+        Problem: 408 or 413.
+    """
     try:
         async with asyncio.timeout(settings.body_seconds) as limit:
-            return await _read(request, settings.max_body_bytes)
+            chunks = await _read(request, settings.max_body_bytes)
     except TimeoutError:
         if not limit.expired():
             raise
         rule = f"must arrive within {settings.body_seconds:g} seconds"
         raise Problem(408, "body", rule, "not all of it", "Send less at a time.", {"Connection": "close"}) from None
+    return chunks[0] if len(chunks) == 1 else await asyncio.to_thread(_joined, chunks)
 
 
-def require_json(data: bytes, settings: Settings) -> None:
+def require_json(data: Buffer, settings: Settings) -> None:
     """Refuses JSON that would take more memory than any other body: parsed, a number of two bytes has up to forty.
 
     Raises:
@@ -34,14 +44,26 @@ def require_json(data: bytes, settings: Settings) -> None:
         raise Problem(413, "body", rule, len(data), hint)
 
 
-async def _read(request: Request, most: int) -> bytes:
+async def _read(request: Request, most: int) -> list[bytes]:
     rule, hint = f"must be at most {most} bytes", "Send fewer images a request."
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > most:
         raise Problem(413, "body", rule, f"Content-Length {declared}", hint)
-    data = bytearray()
+    chunks, length = list[bytes](), 0
     async for chunk in request.stream():
-        data += chunk
-        if len(data) > most:
+        length += len(chunk)
+        if length > most:
             raise Problem(413, "body", rule, "more", hint)
-    return bytes(data)
+        if chunk:
+            chunks.append(chunk)
+    return chunks
+
+
+def _joined(chunks: list[bytes]) -> memoryview:
+    """One after the other; to join or to extend is one call, in which no other thread runs."""
+    whole = np.empty(sum(map(len, chunks)), np.uint8)
+    at = 0
+    for chunk in chunks:
+        whole[at : at + len(chunk)] = np.frombuffer(chunk, np.uint8)
+        at += len(chunk)
+    return whole.data

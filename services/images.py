@@ -12,6 +12,7 @@ from torch import Tensor
 
 from services.pixels import PixelBudget, too_many
 from services.problems import Problem
+from services.tensor_body import Buffer
 from teacher_cache.sources.base import to_chw
 from teacher_cache.views.operations import CenterCrop, Resize
 
@@ -19,13 +20,13 @@ FORMATS = {"image/jpeg": "JPEG", "image/png": "PNG", "image/webp": "WEBP"}
 _BEGINNINGS = {"image/jpeg": rb"\xff\xd8\xff", "image/png": rb"\x89PNG\r\n\x1a\n", "image/webp": rb"RIFF.{4}WEBP"}
 
 
-def media_type_of_file(data: bytes) -> str | None:
+def media_type_of_file(data: Buffer) -> str | None:
     """What a file is by its first bytes; None for anything but `FORMATS`."""
     kinds = (kind for kind, beginning in _BEGINNINGS.items() if re.match(beginning, data, re.DOTALL))
     return next(kinds, None)
 
 
-def decode(data: bytes, media_type: str, view_shape: tuple[int, int, int], budget: PixelBudget) -> tuple[Tensor, bool]:
+def decode(data: Buffer, media_type: str, view_shape: tuple[int, int, int], budget: PixelBudget) -> tuple[Tensor, bool]:
     """Decodes, converts to the teacher's channels, and brings to its size where that differs.
 
     Args:
@@ -49,7 +50,7 @@ def decode(data: bytes, media_type: str, view_shape: tuple[int, int, int], budge
     return _fit(image_CHW, view_shape[1], view_shape[2], budget)[None], True
 
 
-def _pixels(data: bytes, media_type: str, mode: str, budget: PixelBudget) -> Tensor:
+def _pixels(data: Buffer, media_type: str, mode: str, budget: PixelBudget) -> Tensor:
     kind = FORMATS[media_type]
     try:
         with Image.open(io.BytesIO(data), formats=[kind]) as image:

@@ -73,7 +73,7 @@ class Metrics:
         for name, batcher in service.batchers.items():
             teachers.labels(name, service.teachers[name].digest).set(1)
             waiting.labels(name).set_function(partial(getattr, batcher, "waiting"))
-            batcher.ran = partial(self._ran, name)
+            batcher.on_batch(partial(self._ran, name))
         for scribe in service.scribes:
             scribe.wrote = lambda book, seconds: self._wrote.labels(book).observe(seconds)
         self._gauge("draining", "1 on the way out.", ()).set_function(lambda: service.draining)

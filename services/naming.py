@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError, model_validator
 
 from services.problems import Problem
+from services.tensor_body import Buffer
 
 MEDIA_TYPE = "application/json"
 _LONGEST_KEY = 4096
@@ -55,7 +56,7 @@ class Named(BaseModel):
         return self.views if isinstance(self.views, tuple) else (self.views,) * len(self.keys)
 
 
-def parse_named(data: bytes, most: int) -> Named:
+def parse_named(data: Buffer, most: int) -> Named:
     """A body to a question.
 
     Args:
@@ -68,7 +69,7 @@ def parse_named(data: bytes, most: int) -> Named:
     hint = 'For example {"keys": ["0", "1"], "views": 3}.'
     try:
         # Twice the same member would be the last one in silence.
-        found = json.loads(data.decode(), object_pairs_hook=_members)
+        found = json.loads(bytes(data).decode(), object_pairs_hook=_members)
         named = Named.model_validate(found)
     except RecursionError:
         raise Problem(422, "body", "must be a JSON object", "one that is nested too deeply", hint) from None

@@ -47,7 +47,7 @@ async def predict(name: str, request: Request, options: Annotated[PredictOptions
     wanted = wanted_of(request, options, served, tensors)
     _require_digest(request, served)
     deadline = deadline_of(request, arrived)
-    desk = desk_of(service, served, wanted, options, deadline)
+    desk = desk_of(request, served, wanted, options, deadline)
     read = partial(_read, request, service, desk, media_type)
     question, answer = await answered(request, service, read, deadline)
     policy = caller_of(request).policy
@@ -76,7 +76,7 @@ async def lookup(name: str, request: Request, options: Annotated[FormOptions, Qu
         require(service.books, visit_of(request), asked)
         most, kept = service.settings.max_images, service.kept is not None
         found = await service.read(name, partial(look_up, served, named, wanted, most=most, rendered=kept))
-        desk = desk_of(service, served, wanted, PredictOptions(cache="only"), math.inf)
+        desk = desk_of(request, served, wanted, PredictOptions(cache="only"), math.inf)
         status = await asyncio.to_thread(desk.looked_up, found)
     shown = tuple("computable" if one is Status.ABSENT else one.shown for one in status)
     return Lookup(teacher=name, digest=served.digest, status=shown)
@@ -97,12 +97,13 @@ async def _read(request: Request, service: Service, desk: Desk, media_type: str)
     return await ask_images(request, service, desk, upload)
 
 
-def desk_of(service: Service, served: ServedTeacher, wanted: Wanted, options: PredictOptions, deadline: float) -> Desk:
+def desk_of(request: Request, served: ServedTeacher, wanted: Wanted, options: PredictOptions, deadline: float) -> Desk:
     """Where a question with these options is answered; raises a 400 `Problem` for a refresh without a journal."""
+    service, caller = service_of(request), caller_of(request).name
     if options.cache == "refresh" and service.kept is None:
         raise Problem(400, "cache", "refresh needs a journal", "refresh", "Ask without it: nothing is kept here.")
     batcher = service.batchers[served.name]
-    return Desk(served, batcher, service.kept, wanted, options.cache, options.strict, deadline)
+    return Desk(served, batcher, service.kept, wanted, options.cache, options.strict, caller, deadline)
 
 
 def wanted_of(request: Request, options: FormOptions, served: ServedTeacher, tensors: bool) -> Wanted:

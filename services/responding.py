@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from fastapi.responses import Response
+from pydantic_core import to_json
 from torch import Tensor
 
 from services import wire
 from services.asking import Question
+from services.large_response import LargeResponse
 from services.policy import Policy
 from services.problems import Problem
 from services.schemas import Dtype, Predictions
@@ -18,6 +22,8 @@ from services.status import Answer
 from services.teachers import ServedTeacher
 
 _DTYPES: dict[Dtype, torch.dtype] = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+_AT_ONCE = 2048
+"""Numbers of one call: less than a millisecond."""
 
 
 def respond(answer: Answer, teacher: ServedTeacher, question: Question, policy: Policy, tensors: bool) -> Response:
@@ -37,7 +43,7 @@ def respond(answer: Answer, teacher: ServedTeacher, question: Question, policy: 
         "encodings": answer.encodings,
     }
     if not tensors:
-        return Response(_json(answer, teacher, about), media_type="application/json")
+        return LargeResponse(pieces_of(answer, teacher, about), "application/json")
     if wanted.rounding is None:
         del about["rounding"]
     about["dtype"] = wanted.dtype
@@ -47,7 +53,7 @@ def respond(answer: Answer, teacher: ServedTeacher, question: Question, policy: 
     parts = {**narrowed(answer.tensors, wanted.dtype), "status": torch.tensor(answer.status, dtype=torch.uint8)}
     if isinstance(resized, tuple):
         parts["resized"] = torch.tensor(resized, dtype=torch.uint8)
-    return Response(wire.pack_tensors(parts, metadata), media_type=wire.MEDIA_TYPE)
+    return LargeResponse([wire.pack_tensors(parts, metadata)], wire.MEDIA_TYPE)
 
 
 def narrowed(tensors: dict[str, Tensor], dtype: Dtype) -> dict[str, Tensor]:
@@ -68,16 +74,45 @@ def narrowed(tensors: dict[str, Tensor], dtype: Dtype) -> dict[str, Tensor]:
     return found
 
 
-def _json(answer: Answer, teacher: ServedTeacher, about: dict[str, Any]) -> str:
-    """The same as JSON, with class names beside the indices where the teacher has them."""
+def pieces_of(answer: Answer, teacher: ServedTeacher, about: dict[str, Any]) -> list[bytes]:
+    """The JSON of `Predictions`, with class names beside the indices where the teacher has them.
+
+    In pieces, each of a few rows: one call for a million numbers would let no other thread run.
+    """
     there = [one.answered for one in answer.status]
-    parts = {
-        name: [row if given else None for row, given in zip(value.tolist(), there, strict=True)]
-        for name, value in answer.tensors.items()
-    }
-    parts.setdefault("values", [None] * len(there))
-    names = teacher.class_names
-    if names is not None and "indices" in parts:
-        parts["names"] = [row if row is None else [names[index] for index in row] for row in parts["indices"]]
+    columns = {name: _column(value, there) for name, value in answer.tensors.items()}
+    columns.setdefault("values", iter([to_json([None] * len(there))[1:-1]]))
+    if teacher.class_names is not None and "indices" in answer.tensors:
+        columns["names"] = _named(answer.tensors["indices"], there, teacher.class_names)
     status = [one.shown for one in answer.status]
-    return Predictions.model_validate({**about, **parts, "status": status}).model_dump_json(exclude_none=True)
+    frame = Predictions.model_validate({**about, "status": status, **{name: [] for name in columns}})
+    pieces = list[bytes]()
+    for name, value in frame.model_dump(mode="json", exclude_none=True).items():
+        pieces.append(b'%s"%s":' % (b"," if pieces else b"{", name.encode()))
+        if name not in columns:
+            pieces.append(to_json(value))
+            continue
+        for number, rows in enumerate(columns[name]):
+            pieces.append((b"," if number else b"[") + rows)
+        pieces.append(b"]")
+    return [*pieces, b"}"]
+
+
+def _column(values: Tensor, there: Sequence[bool]) -> Iterator[bytes]:
+    """JSON of some rows after the other, without the brackets around all; null for one without an answer."""
+    for rows, given in _split(values, there):
+        yield to_json([row if one else None for row, one in zip(rows, given, strict=True)], inf_nan_mode="null")[1:-1]
+
+
+def _named(indices_BK: Tensor, there: Sequence[bool], names: Sequence[str]) -> Iterator[bytes]:
+    for rows, given in _split(indices_BK, there):
+        shown = ([names[index] for index in row] if one else None for row, one in zip(rows, given, strict=True))
+        yield to_json(list(shown))[1:-1]
+
+
+def _split(values: Tensor, there: Sequence[bool]) -> Iterator[tuple[list[Any], Sequence[bool]]]:
+    size = max(1, _AT_ONCE * len(values) // max(1, values.numel()))
+    for start in range(0, len(values), size):
+        # Hands the interpreter over now: who waits for it is let in after 5 ms only.
+        time.sleep(0)
+        yield values[start : start + size].tolist(), there[start : start + size]

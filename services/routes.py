@@ -93,7 +93,7 @@ def _load(service: Service, served: ServedTeacher) -> TeacherLoad:
     return TeacherLoad(
         name=served.name,
         images_waiting=batcher.waiting,
-        queue_images=service.settings.queue_images,
+        queue_images=batcher.queue_images,
         images_per_second=pace.images_per_second,
         batch_fill=pace.fill(served.micro_batch),
     )

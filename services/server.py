@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import math
 import signal
 import socket
 import threading
@@ -20,6 +21,7 @@ from teacher_cache.errors import SpecError
 
 LOOPBACK = "127.0.0.1"
 _DRAIN_LIMIT = 30
+"""Seconds beside those that may be queued."""
 
 
 def bind(host: str, port: int, named: str = "--port") -> socket.socket:
@@ -83,7 +85,7 @@ def _config(app: FastAPI, lifespan: str = "on") -> uvicorn.Config:
         server_header=False,
         ws="none",
         lifespan=lifespan,  # type: ignore[arg-type]  # one of its literals
-        timeout_graceful_shutdown=_DRAIN_LIMIT,
+        timeout_graceful_shutdown=_DRAIN_LIMIT + math.ceil(app.state.service.settings.queue_seconds),
     )
 
 

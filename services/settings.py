@@ -27,6 +27,10 @@ class Settings(Strict):
     max_pixels: int = Field(default=2**25, gt=0, description="width × height of one encoded image")
     body_seconds: float = Field(default=60.0, gt=0, le=3600, description="for one request's whole body to arrive")
     queue_images: int = Field(default=4096, gt=0, description="images that may wait for one teacher")
+    queue_bytes: int = Field(default=2**28, gt=0, description="of them, as the teacher sees them")
+    queue_seconds: float = Field(
+        default=10.0, gt=0, le=600, description="that a request may wait before its work begins, as far as can be told"
+    )
     from_cache: bool = Field(default=True, description="answer from the configuration's cache what it holds")
     journal: Path | None = Field(default=None, description="folder in which computed answers are kept for a build")
     journal_bytes: int = Field(default=2**30, gt=0, description="of the journal; beyond them nothing more is kept")

@@ -133,10 +133,26 @@ def make_service(teachers: Mapping[str, ServedTeacher], settings: Settings, book
     if not teachers:
         raise SpecError("teachers", "must name at least one teacher", "none", "Give a configuration.")
     for served in teachers.values():
-        if served.micro_batch > settings.max_images:
-            rule = f"must allow a whole micro-batch of {served.name} ({served.micro_batch})"
-            raise SpecError("max_images", rule, settings.max_images, "Raise it, or lower micro_batch.")
-    batchers = {name: Batcher(served, settings.queue_images) for name, served in teachers.items()}
+        _require_room(served, settings)
+    batchers = {
+        name: Batcher(served, _queue_images(served, settings), settings.queue_seconds)
+        for name, served in teachers.items()
+    }
     readers = {name: ThreadPoolExecutor(1, f"reader-{name}") for name in teachers}
     kept = None if settings.journal is None else KeptAnswers(settings.journal, settings.journal_bytes)
     return Service(settings, dict(teachers), batchers, books or Books(settings), kept, readers)
+
+
+def _require_room(served: ServedTeacher, settings: Settings) -> None:
+    if served.micro_batch > settings.max_images:
+        rule = f"must allow a whole micro-batch of {served.name} ({served.micro_batch})"
+        raise SpecError("max_images", rule, settings.max_images, "Raise it, or lower micro_batch.")
+    largest = min(settings.max_images, settings.max_body_bytes // served.view_bytes)
+    if _queue_images(served, settings) < max(largest, served.micro_batch):
+        rule = f"must hold the largest request to {served.name} ({largest} images of {served.view_bytes} bytes)"
+        raise SpecError("queue_bytes", rule, settings.queue_bytes, "Raise it, or lower max_images.")
+
+
+def _queue_images(served: ServedTeacher, settings: Settings) -> int:
+    """All inputs of a teacher are of one size, so a limit in bytes is one in images."""
+    return min(settings.queue_images, settings.queue_bytes // served.view_bytes)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from torch import Tensor
 
 from services.library import Library
 from services.policy import Policy
@@ -42,12 +45,19 @@ class ServedTeacher:
     threads: int = 1
     """torch threads of the thread that runs it; more or fewer can change a logit's last bit."""
     device: str = "cpu"
+    example_CHW: Tensor | None = field(default=None, repr=False, compare=False)
+    """A view that it is warmed with, uint8; None warms it with zeros."""
     library: Library | None = None
     """The samples that may be named, and the cache of their answers."""
 
     def __post_init__(self) -> None:
         if self.micro_batch < 1 or self.threads < 1 or len(self.view_shape) != 3:
             raise ValueError(f"impossible: {self.micro_batch=} {self.threads=} {self.view_shape=}")
+
+    @property
+    def view_bytes(self) -> int:
+        """Of one uint8 input."""
+        return math.prod(self.view_shape)
 
     @property
     def digest(self) -> str:
@@ -112,20 +122,20 @@ def _allowed(dataset: DatasetCard | None, policy: Policy, fields: list[str]) -> 
 
 def _require_servable(spec: BuildSpec) -> None:
     reasons = {"flow": "a request names its fields with commas between them", "saliency": "requests bring no labels"}
-    for field in spec.teacher.fields:
-        reason = reasons.get(base_of(field).partition(":")[0])
+    for name in spec.teacher.fields:
+        reason = reasons.get(base_of(name).partition(":")[0])
         if reason is not None:
-            raise TeacherError(f"teacher.fields.{field}", f"cannot be served: {reason}", field, "Leave it out.")
+            raise TeacherError(f"teacher.fields.{name}", f"cannot be served: {reason}", name, "Leave it out.")
 
 
 def _without_labels(spec: BuildSpec) -> BuildSpec:
     """The teacher's own fields: `logits` and `logits@small` are one answer, kept in two ways."""
     fields: dict[str, FieldSpec] = {}
-    for name, field in spec.teacher.fields.items():
-        known = fields.setdefault(base_of(name), FieldSpec(pool=field.pool))
-        if known.pool != field.pool:
+    for name, given in spec.teacher.fields.items():
+        known = fields.setdefault(base_of(name), FieldSpec(pool=given.pool))
+        if known.pool != given.pool:
             hint = "Serve a configuration that has it once."
-            raise TeacherError(f"teacher.fields.{name}", "must be pooled in one way to be served", field.pool, hint)
+            raise TeacherError(f"teacher.fields.{name}", "must be pooled in one way to be served", given.pool, hint)
     return spec.model_copy(update={"teacher": spec.teacher.model_copy(update={"fields": fields})})
 
 
@@ -168,11 +178,12 @@ def open_served(spec: BuildSpec, *, from_cache: bool = True) -> ServedTeacher:
         micro_batch=spec.teacher.micro_batch,
         class_names=spec.teacher.class_names or opened.source.class_names,
         field_shapes=dict(sorted(shapes.items())),
-        pools={name: field.pool for name, field in spec.teacher.fields.items()},
+        pools={name: given.pool for name, given in spec.teacher.fields.items()},
         normalize=spec.teacher.normalize or opened.recipe.normalize,
         precision=spec.teacher.precision,
         channels_last=spec.teacher.channels_last,
         threads=spec.compute.threads,
         device=resolve_device(spec.compute.device),
+        example_CHW=views.pixels_BCHW[0].cpu(),
         library=Library(opened, cached=from_cache),
     )

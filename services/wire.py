@@ -1,17 +1,17 @@
-"""safetensors bodies, both ways. The library checks lengths, offsets and overlaps; nothing is ever unpickled."""
+"""safetensors bodies, both ways. Lengths, offsets and overlaps are checked; nothing is ever unpickled."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import TypedDict
 
 import numpy as np
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
+
+from services.tensor_body import Buffer, LayoutError, Part, parts_of
 
 MEDIA_TYPE = "application/safetensors"
 _DTYPES: dict[str, torch.dtype] = {
@@ -22,14 +22,6 @@ _DTYPES: dict[str, torch.dtype] = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
-
-
-class _Part(TypedDict):
-    """One tensor as the library gives it."""
-
-    dtype: str
-    shape: list[int]
-    data: bytearray
 
 
 class WireError(ValueError):
@@ -53,7 +45,7 @@ def pack_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | No
     return bytes(safetensors.torch.save(apart, dict(metadata) if metadata else None))
 
 
-def unpack_tensors(data: bytes) -> dict[str, Tensor]:
+def unpack_tensors(data: Buffer) -> dict[str, Tensor]:
     """A body to tensors of their own memory.
 
     Raises:
@@ -61,23 +53,23 @@ def unpack_tensors(data: bytes) -> dict[str, Tensor]:
     """
     tensors = {}
     for name, part in _parts(data).items():
-        dtype = _DTYPES.get(part["dtype"])
+        dtype = _DTYPES.get(part.dtype)
         if dtype is None:
-            raise WireError(name[:80], f"must be one of {', '.join(_DTYPES)}", part["dtype"])
-        # Each part has memory of its own; torch reads no buffer without a byte.
-        flat = torch.frombuffer(part["data"], dtype=dtype) if part["data"] else torch.empty(0, dtype=dtype)
+            raise WireError(name[:80], f"must be one of {', '.join(_DTYPES)}", part.dtype)
+        # A copy: the tensor must be writable, and outlive the body; torch reads no buffer without a byte.
+        flat = torch.frombuffer(bytearray(part.data), dtype=dtype) if part.data else torch.empty(0, dtype=dtype)
         try:
-            tensors[name] = flat.reshape(part["shape"])
+            tensors[name] = flat.reshape(part.shape)
         except (RuntimeError, OverflowError):
             # No bytes fit any shape that has a zero in it, also one that no number of 64 bits can count.
-            raise WireError(name[:80], "must have a shape that can be", f"{len(part['shape'])} dimensions") from None
+            raise WireError(name[:80], "must have a shape that can be", f"{len(part.shape)} dimensions") from None
     return tensors
 
 
-def unpack_metadata(data: bytes) -> dict[str, str]:
+def unpack_metadata(data: Buffer) -> dict[str, str]:
     """The strings of a body that `unpack_tensors` has accepted."""
     length = int.from_bytes(data[:8], "little")
-    found = json.loads(data[8 : 8 + length]).get("__metadata__") or {}
+    found = json.loads(bytes(data[8 : 8 + length])).get("__metadata__") or {}
     return {str(key): str(value) for key, value in found.items()}
 
 
@@ -102,7 +94,7 @@ def pack_images(images_BCHW: Tensor, classes_BK: Tensor | None = None) -> bytes:
     return pack_tensors(images if classes_BK is None else {**images, "classes": classes_BK.long()})
 
 
-def unpack_images(data: bytes, view_shape: tuple[int, int, int]) -> Tensor:
+def unpack_images(data: Buffer, view_shape: tuple[int, int, int]) -> Tensor:
     """A body with `images` U8 [N, H, W, C], and nothing else, to uint8 [N, C, H, W].
 
     Args:
@@ -131,9 +123,8 @@ def as_views(images_NHWC: Tensor, view_shape: tuple[int, int, int]) -> Tensor:
     return torch.from_numpy(np.array(images_NHWC.permute(0, 3, 1, 2).numpy(), order="C"))
 
 
-def _parts(data: bytes) -> dict[str, _Part]:
+def _parts(data: Buffer) -> dict[str, Part]:
     try:
-        return dict(safetensors.deserialize(data))  # type: ignore[no-untyped-call]
-    except safetensors.SafetensorError:
-        # The library's own words can quote the header, which is the sender's content.
+        return parts_of(data)
+    except LayoutError:
         raise WireError("body", "must be safetensors", f"{len(data)} bytes that are not") from None

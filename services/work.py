@@ -15,7 +15,7 @@ Identity = bytes
 
 
 class QueueFull(Exception):  # noqa: N818 - a state, not a defect
-    """Too many images wait; `retry_after` is in whole seconds."""
+    """There is no room, or not enough time; `retry_after` is in whole seconds."""
 
     def __init__(self, retry_after: int) -> None:
         self.retry_after = retry_after
@@ -66,7 +66,7 @@ class Waiter:
 class Request:
     """A question, and all who have asked it while it was on its way.
 
-    Parts are changed by the model's thread only, waiters by whoever holds the batcher's lock.
+    Parts are changed by the thread that delivers only, the rest by whoever holds the batcher's lock.
     """
 
     fields: tuple[str, ...]
@@ -77,6 +77,10 @@ class Request:
     waiters: list[Waiter] = field(default_factory=list)
     entered: float = math.inf
     """When its first piece went into the model, on the monotonic clock."""
+    callers: set[str] = field(default_factory=set)
+    """In whose lines its pieces stand."""
+    queued: dict[int, Piece] = field(default_factory=dict)
+    """Its pieces that still stand there, by number."""
     failed: bool = False
     """Whether it has been told to all that it cannot be answered."""
 
@@ -123,17 +127,10 @@ class Piece:
     """Its place in `request.parts`."""
     images_BCHW: Tensor
     """At most a micro-batch of them."""
-
-
-@dataclass(frozen=True)
-class Placed:
-    """A piece and where it lies in a batch."""
-
-    piece: Piece
-    start: int
-    """First row of the piece in the batch."""
+    number: int
+    """Counts the pieces of a batcher, in the order of arrival."""
 
     @property
-    def stop(self) -> int:
-        """The row after its last."""
-        return self.start + len(self.piece.images_BCHW)
+    def rows(self) -> int:
+        """How many images."""
+        return len(self.images_BCHW)

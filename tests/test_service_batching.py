@@ -4,46 +4,18 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
-from concurrent.futures import CancelledError, Future
-from contextlib import contextmanager
+from concurrent.futures import CancelledError
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from toy_batching import LOGITS, ME, batching, blocked, logits_of
 from toy_service_models import POISON, ToyTeacher, open_gate, toy_logits, toy_served, views, wait_until
 
 from services.batching import Batcher
 from services.wire import identity_of
-from services.work import Expired, Fields, QueueFull, TeacherFailed
-
-LOGITS = ("logits",)
-
-
-@contextmanager
-def batching(teacher: ToyTeacher, *, queue: int = 1000, micro_batch: int = 8, threads: int = 1) -> Iterator[Batcher]:
-    """A warm batcher, stopped at the end with the gate open."""
-    batcher = Batcher(toy_served(teacher, micro_batch=micro_batch, threads=threads), queue)
-    batcher.start()
-    wait_until(lambda: batcher.warm or teacher.broken)
-    try:
-        yield batcher
-    finally:
-        teacher.gate.set()
-        batcher.stop()
-
-
-def logits_of(answer: Future[Fields]) -> torch.Tensor:
-    """Waits for an answer."""
-    return answer.result(20)["logits"]
-
-
-def blocked(teacher: ToyTeacher, batcher: Batcher) -> Future[Fields]:
-    """Puts one image into the closed model, so that what follows must queue."""
-    answer = batcher.submit(views(1, 99), LOGITS)
-    assert teacher.entered.acquire(timeout=20)
-    return answer
+from services.work import Expired, QueueFull, TeacherFailed
 
 
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=8), st.integers(1, 9))
@@ -51,7 +23,7 @@ def test_every_request_gets_its_own_rows_whatever_shares_its_batches(sizes: list
     teacher = open_gate(ToyTeacher())
     with batching(teacher, micro_batch=micro_batch) as batcher:
         asked = [views(size, seed) for seed, size in enumerate(sizes)]
-        answers = [batcher.submit(images, LOGITS) for images in asked]
+        answers = [batcher.submit(images, LOGITS, ME) for images in asked]
         for images, answer in zip(asked, answers, strict=True):
             assert torch.equal(logits_of(answer), toy_logits(images))
         assert batcher.waiting == 0
@@ -65,7 +37,7 @@ def test_waiting_requests_share_a_batch_and_the_rest_is_zeros() -> None:
     with batching(teacher) as batcher:
         blocked(teacher, batcher)
         first, second = views(3, 1), views(2, 2)
-        answers = [batcher.submit(first, LOGITS), batcher.submit(second, LOGITS)]
+        answers = [batcher.submit(first, LOGITS, ME), batcher.submit(second, LOGITS, ME)]
         teacher.gate.set()
         [logits_of(answer) for answer in answers]
     assert len(teacher.batches) == 2
@@ -78,7 +50,11 @@ def test_a_full_micro_batch_travels_alone_however_requests_are_mixed() -> None:
     with batching(teacher) as batcher:
         blocked(teacher, batcher)
         small, large = views(3, 1), views(19, 2)
-        answers = [batcher.submit(small, LOGITS), batcher.submit(large, LOGITS), batcher.submit(small, LOGITS)]
+        answers = [
+            batcher.submit(small, LOGITS, ME),
+            batcher.submit(large, LOGITS, ME),
+            batcher.submit(small, LOGITS, ME),
+        ]
         teacher.gate.set()
         [logits_of(answer) for answer in answers]
     # First fit: the tail of three joins the small request in front, and the full pieces stay as they are.
@@ -92,7 +68,7 @@ def test_a_full_micro_batch_travels_alone_however_requests_are_mixed() -> None:
 def test_only_the_fields_that_were_asked_for_come_back() -> None:
     with batching(open_gate(ToyTeacher())) as batcher:
         images = views(2)
-        found = batcher.submit(images, ("feature:pixels",)).result(20)
+        found = batcher.submit(images, ("feature:pixels",), ME).result(20)
         assert list(found) == ["feature:pixels"]
         assert torch.equal(found["feature:pixels"], images.float())
 
@@ -101,7 +77,7 @@ def test_cancelled_work_never_reaches_the_model() -> None:
     teacher = ToyTeacher()
     with batching(teacher) as batcher:
         blocked(teacher, batcher)
-        dropped, kept = batcher.submit(views(8, 1), LOGITS), batcher.submit(views(2, 2), LOGITS)
+        dropped, kept = batcher.submit(views(8, 1), LOGITS, ME), batcher.submit(views(2, 2), LOGITS, ME)
         assert dropped.cancel()
         teacher.gate.set()
         logits_of(kept)
@@ -113,28 +89,28 @@ def test_late_work_never_reaches_the_model() -> None:
     teacher = ToyTeacher()
     with batching(teacher) as batcher:
         blocked(teacher, batcher)
-        late = batcher.submit(views(1, 1), LOGITS, deadline=time.monotonic() + 0.01)
-        kept = batcher.submit(views(2, 2), LOGITS, deadline=time.monotonic() + 60)
+        late = batcher.submit(views(1, 1), LOGITS, ME, deadline=time.monotonic() + 0.01)
+        kept = batcher.submit(views(2, 2), LOGITS, ME, deadline=time.monotonic() + 60)
         time.sleep(0.03)
         teacher.gate.set()
         logits_of(kept)
         with pytest.raises(Expired):
             late.result(20)
-    assert torch.equal(teacher.batches[1][:2], views(2, 2))
-    assert not teacher.batches[1][2:].any()
+    present = (teacher.batches[1] != 0).flatten(1).any(1)
+    assert torch.equal(teacher.batches[1][present], views(2, 2))
 
 
 def test_the_queue_is_bounded_in_images_and_says_when_to_come_back() -> None:
     teacher = ToyTeacher()
     with batching(teacher, queue=10) as batcher:
         blocked(teacher, batcher)
-        kept = batcher.submit(views(7), LOGITS)
+        kept = batcher.submit(views(7), LOGITS, ME)
         assert not batcher.full
         with pytest.raises(QueueFull) as refused:
-            batcher.submit(views(4), LOGITS)
+            batcher.submit(views(4), LOGITS, ME)
         assert refused.value.retry_after >= 1
         assert batcher.waiting == 7
-        batcher.submit(views(3), LOGITS)
+        batcher.submit(views(3), LOGITS, ME)
         assert batcher.full
         teacher.gate.set()
         logits_of(kept)
@@ -149,7 +125,7 @@ def test_the_neighbours_of_a_poison_get_their_answers_from_the_same_places(place
         blocked(teacher, batcher)
         asked = [views(1, seed) for seed in range(7)]
         asked[place][0, 0, 0, 0] = POISON
-        answers = [batcher.submit(images, LOGITS) for images in asked]
+        answers = [batcher.submit(images, LOGITS, ME) for images in asked]
         teacher.gate.set()
         for number, (images, answer) in enumerate(zip(asked, answers, strict=True)):
             if number == place:
@@ -158,7 +134,7 @@ def test_the_neighbours_of_a_poison_get_their_answers_from_the_same_places(place
             else:
                 assert torch.equal(logits_of(answer), toy_logits(images))
         # The thread goes on.
-        assert torch.equal(logits_of(batcher.submit(views(2), LOGITS)), toy_logits(views(2)))
+        assert torch.equal(logits_of(batcher.submit(views(2), LOGITS, ME)), toy_logits(views(2)))
     shared = teacher.batches[1]
     for batch in teacher.batches[2:-1]:
         present = (batch != 0).flatten(1).any(1)
@@ -171,31 +147,31 @@ def test_one_poisonous_piece_fails_its_whole_request_once() -> None:
     images[9, 0, 0, 0] = POISON
     with batching(teacher) as batcher:
         with pytest.raises(TeacherFailed):
-            logits_of(batcher.submit(images, LOGITS))
-        logits_of(batcher.submit(views(1), LOGITS))
+            logits_of(batcher.submit(images, LOGITS, ME))
+        logits_of(batcher.submit(views(1), LOGITS, ME))
 
 
 def test_a_teacher_that_cannot_run_is_never_warm() -> None:
     teacher = open_gate(ToyTeacher(broken=True))
     with batching(teacher) as batcher:
         with pytest.raises(TeacherFailed):
-            logits_of(batcher.submit(views(1), LOGITS))
+            logits_of(batcher.submit(views(1), LOGITS, ME))
         assert not batcher.warm
 
 
 def test_an_answer_of_another_shape_is_a_failure() -> None:
     teacher = open_gate(ToyTeacher())
     with batching(teacher) as batcher:
-        object.__setattr__(batcher._served, "field_shapes", {"logits": (3,)})
+        object.__setattr__(batcher._engine._served, "field_shapes", {"logits": (3,)})
         with pytest.raises(TeacherFailed):
-            logits_of(batcher.submit(views(1), LOGITS))
+            logits_of(batcher.submit(views(1), LOGITS, ME))
 
 
 def test_the_model_runs_in_its_thread_with_its_number_of_torch_threads() -> None:
     before = torch.get_num_threads()
     teacher = open_gate(ToyTeacher())
     with batching(teacher, threads=before + 1) as batcher:
-        logits_of(batcher.submit(views(1), LOGITS))
+        logits_of(batcher.submit(views(1), LOGITS, ME))
     assert set(teacher.threads) == {before + 1}
     assert torch.get_num_threads() == before
 
@@ -204,13 +180,13 @@ def test_stopping_ends_the_batch_in_the_model_and_cancels_the_rest() -> None:
     teacher = ToyTeacher()
     with batching(teacher) as batcher:
         inside = blocked(teacher, batcher)
-        waiting = batcher.submit(views(3), LOGITS)
+        waiting = batcher.submit(views(3), LOGITS, ME)
         teacher.gate.set()
         batcher.stop()
-        assert inside.done()
-        assert waiting.done()
+        assert torch.equal(logits_of(inside), toy_logits(views(1, 99)))
+        assert waiting.cancelled()
         with pytest.raises(CancelledError):
-            batcher.submit(views(1), LOGITS).result(1)
+            batcher.submit(views(1), LOGITS, ME).result(1)
 
 
 class TestIdenticalQuestions:
@@ -220,7 +196,7 @@ class TestIdenticalQuestions:
         teacher, images = ToyTeacher(), views(3, 1)
         with batching(teacher) as batcher:
             blocked(teacher, batcher)
-            answers = [batcher.submit(images.clone(), LOGITS, identity=identity_of(images)) for _ in range(100)]
+            answers = [batcher.submit(images.clone(), LOGITS, ME, identity=identity_of(images)) for _ in range(100)]
             assert batcher.waiting == 3
             teacher.gate.set()
             assert all(torch.equal(logits_of(answer), toy_logits(images)) for answer in answers)
@@ -229,9 +205,9 @@ class TestIdenticalQuestions:
     def test_while_the_model_is_at_it_one_more_may_join(self) -> None:
         teacher, images = ToyTeacher(), views(1, 1)
         with batching(teacher) as batcher:
-            first = batcher.submit(images, LOGITS, identity=identity_of(images))
+            first = batcher.submit(images, LOGITS, ME, identity=identity_of(images))
             assert teacher.entered.acquire(timeout=20)
-            second = batcher.submit(images, LOGITS, identity=identity_of(images))
+            second = batcher.submit(images, LOGITS, ME, identity=identity_of(images))
             teacher.gate.set()
             assert torch.equal(logits_of(first), logits_of(second))
         assert len(teacher.batches) == 1
@@ -241,15 +217,15 @@ class TestIdenticalQuestions:
         teacher, images = open_gate(ToyTeacher()), views(1, 1)
         with batching(teacher) as batcher:
             for _ in range(2):
-                logits_of(batcher.submit(images, LOGITS, identity=identity_of(images)))
+                logits_of(batcher.submit(images, LOGITS, ME, identity=identity_of(images)))
         assert len(teacher.batches) == 2
 
     def test_other_fields_are_another_question(self) -> None:
         teacher, images = ToyTeacher(), views(1, 1)
         with batching(teacher) as batcher:
             blocked(teacher, batcher)
-            one = batcher.submit(images, LOGITS, identity=identity_of(images))
-            other = batcher.submit(images, ("feature:pixels",), identity=identity_of(images))
+            one = batcher.submit(images, LOGITS, ME, identity=identity_of(images))
+            other = batcher.submit(images, ("feature:pixels",), ME, identity=identity_of(images))
             teacher.gate.set()
             assert list(one.result(20)) == ["logits"]
             assert list(other.result(20)) == ["feature:pixels"]
@@ -258,7 +234,7 @@ class TestIdenticalQuestions:
         teacher, images = ToyTeacher(), views(2, 1)
         with batching(teacher) as batcher:
             blocked(teacher, batcher)
-            first, second = (batcher.submit(images, LOGITS, identity=identity_of(images)) for _ in range(2))
+            first, second = (batcher.submit(images, LOGITS, ME, identity=identity_of(images)) for _ in range(2))
             assert first.cancel()
             teacher.gate.set()
             assert torch.equal(logits_of(second), toy_logits(images))
@@ -268,7 +244,7 @@ class TestIdenticalQuestions:
         with batching(teacher) as batcher:
             blocked(teacher, batcher)
             soon, later = time.monotonic() + 0.01, time.monotonic() + 60
-            late, kept = (batcher.submit(images, LOGITS, when, identity_of(images)) for when in (soon, later))
+            late, kept = (batcher.submit(images, LOGITS, ME, when, identity_of(images)) for when in (soon, later))
             time.sleep(0.03)
             teacher.gate.set()
             assert torch.equal(logits_of(kept), toy_logits(images))
@@ -279,11 +255,11 @@ class TestIdenticalQuestions:
         teacher, images = ToyTeacher(), views(2, 1)
         with batching(teacher) as batcher:
             last = blocked(teacher, batcher)
-            batcher.submit(images, LOGITS, identity=identity_of(images)).cancel()
-            kept = batcher.submit(views(1, 5), LOGITS)
+            batcher.submit(images, LOGITS, ME, identity=identity_of(images)).cancel()
+            kept = batcher.submit(views(1, 5), LOGITS, ME)
             teacher.gate.set()
             logits_of(last), logits_of(kept)
-            again = batcher.submit(images, LOGITS, identity=identity_of(images))
+            again = batcher.submit(images, LOGITS, ME, identity=identity_of(images))
             assert torch.equal(logits_of(again), toy_logits(images))
 
     def test_a_failure_is_told_to_all_and_not_kept(self) -> None:
@@ -291,18 +267,18 @@ class TestIdenticalQuestions:
         images[0, 0, 0, 0] = POISON
         with batching(teacher) as batcher:
             blocked(teacher, batcher)
-            answers = [batcher.submit(images, LOGITS, identity=identity_of(images)) for _ in range(3)]
+            answers = [batcher.submit(images, LOGITS, ME, identity=identity_of(images)) for _ in range(3)]
             teacher.gate.set()
             for answer in answers:
                 with pytest.raises(TeacherFailed):
                     answer.result(20)
-            assert not batcher._asked
+            assert not batcher._backlog._asked
 
     def test_stopping_cancels_all_who_wait(self) -> None:
         teacher, images = ToyTeacher(), views(1, 1)
         with batching(teacher) as batcher:
             blocked(teacher, batcher)
-            answers = [batcher.submit(images, LOGITS, identity=identity_of(images)) for _ in range(3)]
+            answers = [batcher.submit(images, LOGITS, ME, identity=identity_of(images)) for _ in range(3)]
             threading.Timer(0.05, teacher.gate.set).start()
             batcher.stop()
             assert all(answer.cancelled() for answer in answers)
@@ -316,7 +292,7 @@ class TestIdenticalQuestions:
             answers = []
             for number, stays in asked:
                 images = views(1 + number, number)
-                answers.append((images, batcher.submit(images, LOGITS, identity=identity_of(images)), stays))
+                answers.append((images, batcher.submit(images, LOGITS, ME, identity=identity_of(images)), stays))
             for _, answer, stays in answers:
                 if not stays:
                     answer.cancel()
@@ -339,3 +315,22 @@ def test_identities_tell_pixels_order_and_shape_apart(seed: int, count: int) -> 
     assert identity_of(images.flip(0)) != identity_of(images) or count == 1
     flat = images.reshape(count, 1, images.shape[1] * images.shape[2], images.shape[3])
     assert identity_of(flat) != identity_of(images)
+
+
+def test_what_has_room_as_a_whole_is_let_in_part_by_part() -> None:
+    """A request of many parts is asked about once: its first parts do not shut the door on its last."""
+    teacher = ToyTeacher()
+    batcher = Batcher(toy_served(teacher), 100, 0.001)
+    batcher.start()
+    try:
+        wait_until(lambda: batcher.warm)
+        blocked(teacher, batcher)
+        batcher.require_room("you", 40, time.monotonic() + 60)
+        answers = [batcher.submit(views(8, number), LOGITS, "you") for number in range(5)]
+        teacher.gate.set()
+        assert all(
+            torch.equal(logits_of(answer), toy_logits(views(8, number))) for number, answer in enumerate(answers)
+        )
+    finally:
+        teacher.gate.set()
+        batcher.stop()

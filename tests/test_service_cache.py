@@ -49,7 +49,7 @@ KEYS = [f"images/{row}" for row in range(ROWS)]
 
 @dataclass
 class Counting:
-    """A teacher, and how often it was asked (but for the warming)."""
+    """A teacher, and how often it was asked (but for the warming, with zeros)."""
 
     teacher: Any
     asked: list[torch.Tensor] = field(default_factory=list)
@@ -91,7 +91,7 @@ def serve() -> Iterator[Serve]:
             limits = parse(Settings, given, "test")
             plain = open_served(spec, from_cache=limits.from_cache)
             teacher = Counting(plain.teacher)
-            served = replace(plain, teacher=teacher)
+            served = replace(plain, teacher=teacher, example_CHW=None)
             app = create_app({"colour": served}, limits)
             base = stack.enter_context(running(app))
             wait_until(lambda: app.state.service.not_ready() == [])
@@ -183,7 +183,7 @@ def computing(folder: Path) -> Iterator[Server]:
     """A service without a cache."""
     served = open_served(colour_spec(folder, "local"), from_cache=False)
     teacher = Counting(served.teacher)
-    app = create_app({"colour": replace(served, teacher=teacher)}, Settings())
+    app = create_app({"colour": replace(served, teacher=teacher, example_CHW=None)}, Settings())
     with running(app) as base, TeacherClient(f"{base}/colour") as client, httpx.Client(base_url=base) as http:
         wait_until(lambda: app.state.service.not_ready() == [])
         yield Server(client, http, teacher, served)

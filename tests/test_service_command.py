@@ -11,14 +11,17 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 import pytest
+import torch
 import yaml
 from toy_service_models import colour_spec, views, wait_until
 
+import teacher_cache as tc
 from services.__main__ import main
 from services.client import Prediction, TeacherClient
 from services.server import LOOPBACK, bind
@@ -106,6 +109,90 @@ def test_it_answers_drains_and_ends_with_0(config: Path) -> None:
     assert "some-key" not in errors
 
 
+LOAD = """
+import collections, json, sys, threading, httpx
+from services.wire import pack_images, unpack_tensors
+from toy_service_models import views
+base, names, found, over = sys.argv[1], sys.argv[2].split(","), collections.Counter(), threading.Event()
+headers = {"Content-Type": "application/safetensors", "X-Deadline-Ms": "60000"}
+def ask(number):
+    with httpx.Client(timeout=60) as client:
+        while not over.is_set():
+            count = 1 + (number + sum(found.values())) % 8
+            url = f"{base}/v1/teachers/{names[number % len(names)]}/predict"
+            images = views(count, 1000 * number + sum(found.values()))
+            try:
+                answer = client.post(url, content=pack_images(images), headers=headers)
+                whole = answer.status_code != 200 or unpack_tensors(answer.content)["values"].shape == (count, 7)
+                found[str(answer.status_code) if whole else "torn"] += 1
+            except httpx.HTTPError as error:
+                found[repr(error)] += 1
+threads = [threading.Thread(target=ask, args=(number,)) for number in range(16)]
+[thread.start() for thread in threads]
+print("asking", flush=True)
+while httpx.get(f"{base}/readyz").json().get("value") != "draining":
+    pass
+over.set()
+[thread.join() for thread in threads]
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+def test_under_load_everything_that_was_taken_on_is_answered(config: Path, tmp_path: Path) -> None:
+    """Two teachers, full queues, requests on their way to each: all that were sent while the door was open."""
+    other = tmp_path / "other.yaml"
+    described = yaml.safe_load(config.read_text())
+    described["teacher"]["name"] = "other"
+    other.write_text(yaml.safe_dump(described))
+    limits = ("service.drain_seconds=3", "service.max_images=8", "service.queue_images=8")
+    slow = [word for limit in limits for word in ("--set", limit)]
+    with started(config, str(other), "--set", "teacher.model=toy_service_models:SlowNet", *slow) as (process, url):
+        base = url.rpartition("/")[0]
+        asking = [sys.executable, "-c", LOAD, base, "colour,other"]
+        with subprocess.Popen(asking, env=dict(os.environ), stdout=subprocess.PIPE, text=True) as load:
+            assert load.stdout is not None
+            assert load.stdout.readline() == "asking\n"
+            time.sleep(1)
+            process.send_signal(signal.SIGTERM)
+            found = json.loads(load.communicate(timeout=60)[0])
+        code, errors = ended(process)
+    assert found.keys() == {"200", "503"}
+    assert min(found.values()) > 1
+    assert (code, errors) == (0, "")
+
+
+def test_several_teachers_are_served_side_by_side(config: Path, tmp_path: Path) -> None:
+    """Each has its own number of threads, and the bits of its own serial build."""
+    wide = {"model": "toy_service_models:WideNet", "fields": {"logits": {"encoding": "dense_f32"}}}
+    configs, caches = [], {}
+    for threads in (1, 2):
+        spec = colour_spec(tmp_path, f"cache-{threads}", name=f"wide-{threads}", **wide)
+        spec = spec.model_copy(update={"compute": spec.compute.model_copy(update={"threads": threads})})
+        tc.build(spec, executor="serial")
+        caches[spec.teacher.name] = tc.open(tmp_path / f"cache-{threads}")
+        configs.append(tmp_path / f"{threads}.yaml")
+        configs[-1].write_text(yaml.safe_dump(spec.model_dump(mode="json")))
+    rows = list(range(8))  # The first micro-batch of the first shard.
+    expected = {name: torch.as_tensor(cache.read("logits", view=0, rows=rows).values) for name, cache in caches.items()}
+    assert not torch.equal(expected["wide-1"], expected["wide-2"])
+    with started(configs[0], str(configs[1]), "--set", "service.max_images=8") as (process, url):
+        base = url.rpartition("/")[0]
+        assert [one["name"] for one in httpx.get(f"{base}/v1/teachers").json()["teachers"]] == ["wide-1", "wide-2"]
+        clients = {name: TeacherClient(f"{base}/{name}") for name in caches}
+        with ThreadPoolExecutor(8) as pool:
+            images = torch.as_tensor(caches["wide-1"].render(view=0, rows=rows))
+            asked = [
+                (name, pool.submit(clients[name].predict, images)) for name in (*caches, *caches) for _ in range(4)
+            ]
+            for name, answer in asked:
+                assert torch.equal(torch.as_tensor(answer.result(30).values), expected[name])
+        for client in clients.values():
+            client.close()
+        process.send_signal(signal.SIGTERM)
+        assert ended(process)[0] == 0
+
+
 def test_the_served_key_is_required(config: Path) -> None:
     quiet = ("--log-level", "warning")
     with started(config, "--set", "service.max_images=8", *quiet, key="some-key") as (process, url):
@@ -162,6 +249,9 @@ def test_a_port_in_use_is_said_at_once(
         (["--state", "/proc/none", "--port", "0"], "state: must be a writable folder"),
         (["--set", "teacher.micro_batch=0"], "teacher.micro_batch"),
         (["--name", "no/slash"], "teacher.name"),
+        (["SAME"], "teacher.name: must be another for each teacher"),
+        (["SAME", "--name", "mine"], "--name: names one teacher"),
+        (["--set", "service.queue_bytes=9", "--port", "0"], "queue_bytes: must hold the largest request to colour"),
         (["--port", "65536"], "port"),
     ],
 )
@@ -173,7 +263,8 @@ def test_wrong_requests_end_with_2_and_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.delenv("TEACHER_API_KEY", raising=False)
-    assert words in refused(monkeypatch, capsys, str(config), *arguments)
+    given = [str(config) if argument == "SAME" else argument for argument in arguments]
+    assert words in refused(monkeypatch, capsys, str(config), *given)
 
 
 def test_an_address_of_another_machine_is_explained(

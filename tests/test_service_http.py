@@ -628,7 +628,7 @@ def test_a_hundred_identical_questions_at_once_are_one_forward_pass() -> None:
         batcher = app.state.service.batchers["toy"]
         wait_until(lambda: batcher.warm)
         asked = [pool.submit(httpx.post, base + PREDICT, content=body, headers=TENSORS, timeout=60) for _ in range(100)]
-        wait_until(lambda: sum(len(one.waiters) for one in batcher._asked.values()) == 100, 60)
+        wait_until(lambda: sum(len(one.waiters) for one in batcher._backlog._asked.values()) == 100, 60)
         teacher.gate.set()
         answers = [one.result(60) for one in asked]
     assert {answer.status_code for answer in answers} == {200}

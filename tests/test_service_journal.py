@@ -67,7 +67,7 @@ def serve() -> Iterator[Serve]:
             limits = parse(Settings, given, "test")
             plain = open_served(spec, from_cache=limits.from_cache)
             teacher = Counting(plain.teacher)
-            app = create_app({"colour": replace(plain, teacher=teacher)}, limits)
+            app = create_app({"colour": replace(plain, teacher=teacher, example_CHW=None)}, limits)
             base = stack.enter_context(running(app))
             wait_until(lambda: app.state.service.not_ready() == [])
             client = stack.enter_context(TeacherClient(f"{base}/colour"))

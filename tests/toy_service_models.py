@@ -49,6 +49,17 @@ class ColourNet(nn.Module):
         return logits
 
 
+class WideNet(ColourNet):
+    """Adds the sum of many numbers, whose last bit depends on the number of threads that add it."""
+
+    def __init__(self, classes: int = CLASSES) -> None:
+        super().__init__(classes)
+        self.register_buffer("many", torch.randn(200_000, generator=torch.Generator().manual_seed(1)))
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        return super().forward(images_BCHW) + self.get_buffer("many").sum()
+
+
 class SlowNet(ColourNet):
     """Half a second a batch."""
 
