@@ -320,11 +320,12 @@ def test_identities_tell_pixels_order_and_shape_apart(seed: int, count: int) -> 
 def test_what_has_room_as_a_whole_is_let_in_part_by_part() -> None:
     """A request of many parts is asked about once: its first parts do not shut the door on its last."""
     teacher = ToyTeacher()
-    batcher = Batcher(toy_served(teacher), 100, 0.001)
+    batcher = Batcher(toy_served(teacher), 100, 1e-9)
     batcher.start()
     try:
         wait_until(lambda: batcher.warm)
         blocked(teacher, batcher)
+        wait_until(lambda: batcher._backlog.estimate.seconds(0) == 0)
         batcher.require_room("you", 40, time.monotonic() + 60)
         answers = [batcher.submit(views(8, number), LOGITS, "you") for number in range(5)]
         teacher.gate.set()
