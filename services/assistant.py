@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections import deque
 from dataclasses import dataclass, field
@@ -11,9 +10,8 @@ from torch import Tensor
 
 from services.backlog import Backlog
 from services.batch import Batch, Placed
+from services.request_log import log_failure
 from services.work import Fields, Request, TeacherFailed
-
-_log = logging.getLogger("services")
 
 
 @dataclass
@@ -95,7 +93,7 @@ class Assistant:
             batch.write(placed, images_BCHW)
         except Exception as error:
             # Another shape, or no memory: this request's trouble, not the thread's.
-            _log.error("images could not be put into a batch: %r", error)
+            log_failure("images could not be put into a batch", error)
             return False
         return True
 
@@ -112,7 +110,7 @@ class Assistant:
                 request.finish()
         except Exception as error:
             # Out of memory while joining: as above.
-            _log.error("an answer could not be put together: %r", error)
+            log_failure("an answer could not be put together", error)
             self._fail(request, TeacherFailed())
 
     def _fail(self, request: Request, error: TeacherFailed) -> None:

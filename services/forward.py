@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Collection, Iterator
 
 from torch import Tensor
 
 from services.batch import Batch, Placed
+from services.request_log import log_failure
 from services.teachers import ServedTeacher
 from services.work import Fields, TeacherFailed
-
-_log = logging.getLogger("services")
 
 
 def forward(served: ServedTeacher, views_BCHW: Tensor, wanted: Collection[str]) -> Fields:
@@ -44,7 +42,7 @@ def _answers(
     except Exception as error:
         # Whatever a user's model raises belongs to somebody's request; the thread goes on.
         if len(among) == 1:
-            _log.error("teacher %s failed on one request: %r", served.name, error)
+            log_failure(f"teacher {served.name} failed on one request", error)
             yield among[0], TeacherFailed()
             return
         half = len(among) // 2

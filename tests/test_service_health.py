@@ -46,19 +46,19 @@ def poisonous() -> Tensor:
 
 def test_a_dead_thread_leaves_nobody_waiting() -> None:
     teacher = Deadly()
-    batcher = Batcher(toy_served(teacher), 100)
+    batcher = Batcher(toy_served(teacher), 100, 60.0)
     batcher.start()
-    inside = batcher.submit(poisonous(), ("logits",))
+    inside = batcher.submit(poisonous(), ("logits",), "someone")
     assert teacher.entered.acquire(timeout=20)
-    waiting, joined = (batcher.submit(views(3), ("logits",), identity=b"same") for _ in range(2))
+    waiting, joined = (batcher.submit(views(3), ("logits",), "someone", identity=b"same") for _ in range(2))
     assert not batcher.dead
     teacher.gate.set()
-    for answer in (inside, waiting, joined, batcher.submit(views(1), ("logits",))):
+    for answer in (inside, waiting, joined, batcher.submit(views(1), ("logits",), "someone")):
         with pytest.raises(CancelledError):
             answer.result(20)
     wait_until(lambda: batcher.dead)
     with pytest.raises(CancelledError):
-        batcher.submit(views(1), ("logits",)).result(20)
+        batcher.submit(views(1), ("logits",), "someone").result(20)
     batcher.stop()
 
 

@@ -99,9 +99,9 @@ def test_what_is_under_way_shows_in_the_gauges() -> None:
     teacher = ToyTeacher()
     with observed(teacher) as (client, value, app):
         batcher = app.state.service.batchers["toy"]
-        inside = batcher.submit(views(1, 9), ("logits",))
+        inside = batcher.submit(views(1, 9), ("logits",), "someone")
         assert teacher.entered.acquire(timeout=20)
-        waiting = batcher.submit(views(5), ("logits",))
+        waiting = batcher.submit(views(5), ("logits",), "someone")
         assert value("queue_images", teacher="toy") == 5
         assert (value("ready"), value("draining")) == (1, 0)
         app.state.service.draining = True
@@ -249,9 +249,9 @@ def test_waiting_is_told_from_computing() -> None:
     teacher = ToyTeacher()
     with observed(teacher) as (_, _, app):
         batcher = app.state.service.batchers["toy"]
-        batcher.submit(views(1, 9), ("logits",))
+        batcher.submit(views(1, 9), ("logits",), "someone")
         assert teacher.entered.acquire(timeout=20)
-        waits = batcher.submit(views(2), ("logits",))
+        waits = batcher.submit(views(2), ("logits",), "someone")
         time.sleep(0.05)
         teacher.gate.set()
         waits.result(20)
@@ -263,9 +263,9 @@ def test_who_joins_later_has_waited_less() -> None:
     teacher = ToyTeacher()
     with observed(teacher) as (_, _, app):
         batcher = app.state.service.batchers["toy"]
-        first = batcher.submit(views(1), ("logits",), identity=b"same")
+        first = batcher.submit(views(1), ("logits",), "someone", identity=b"same")
         assert teacher.entered.acquire(timeout=20)
-        joined = batcher.submit(views(1), ("logits",), identity=b"same")
+        joined = batcher.submit(views(1), ("logits",), "someone", identity=b"same")
         teacher.gate.set()
         first.result(20), joined.result(20)
     assert first.entered < joined.asked == joined.entered < joined.left
