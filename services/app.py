@@ -14,7 +14,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from services import page, predicting, routes
+from services import inference_routes, page, predicting, routes
 from services.admission import require
 from services.books import Books, Unrecorded
 from services.metrics import Metrics
@@ -56,6 +56,7 @@ def create_app(teachers: Mapping[str, ServedTeacher], settings: Settings, books:
     app.state.service = service
     app.include_router(routes.router)
     app.include_router(predicting.router)
+    app.include_router(inference_routes.router)
     if settings.page:
         app.include_router(page.router())
     install(app)

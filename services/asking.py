@@ -54,6 +54,9 @@ class Question:
     """Of each of them, where this key's distinct images are counted."""
 
 
+Q = TypeVar("Q", bound=Question)
+
+
 async def ask_images(request: Request, service: Service, desk: Desk, upload: Upload) -> Question:
     """A question by image.
 
@@ -92,8 +95,8 @@ def classes_of(named: Named) -> Tensor | None:
 
 
 async def answered(
-    request: Request, service: Service, read: Callable[[], Awaitable[Question]], deadline: float
-) -> tuple[Question, Answer]:
+    request: Request, service: Service, read: Callable[[], Awaitable[Q]], deadline: float
+) -> tuple[Q, Answer]:
     """A question and its answer, in time.
 
     Args:

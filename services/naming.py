@@ -69,7 +69,7 @@ def parse_named(data: Buffer, most: int) -> Named:
     hint = 'For example {"keys": ["0", "1"], "views": 3}.'
     try:
         # Twice the same member would be the last one in silence.
-        found = json.loads(bytes(data).decode(), object_pairs_hook=_members)
+        found = json.loads(bytes(data).decode(), object_pairs_hook=members)
         named = Named.model_validate(found)
     except RecursionError:
         raise Problem(422, "body", "must be a JSON object", "one that is nested too deeply", hint) from None
@@ -86,7 +86,8 @@ def parse_named(data: Buffer, most: int) -> Named:
     return named
 
 
-def _members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object that has no member twice; raises `ValueError`."""
     found = dict(pairs)
     if len(found) < len(pairs):
         raise ValueError("a member stands there twice")

@@ -45,7 +45,7 @@ async def predict(name: str, request: Request, options: Annotated[PredictOptions
     tensors = answers_tensors(request, media_type)
     _require_once(request)
     wanted = wanted_of(request, options, served, tensors)
-    _require_digest(request, served)
+    require_digest(request, served)
     deadline = deadline_of(request, arrived)
     desk = desk_of(request, served, wanted, options, deadline)
     read = partial(_read, request, service, desk, media_type)
@@ -66,7 +66,7 @@ async def lookup(name: str, request: Request, options: Annotated[FormOptions, Qu
     _require_once(request)
     # Whatever may be predicted may be looked up.
     wanted = wanted_of(request, options, served, tensors=True)
-    _require_digest(request, served)
+    require_digest(request, served)
     async with in_time(deadline_of(request, arrived)):
         data = await read_body(request, service.settings)
         require_json(data, service.settings)
@@ -132,7 +132,8 @@ def _require_once(request: Request) -> None:
         raise Problem(400, twice, "must be given once", f"{names.count(twice)} times", "Give it once.")
 
 
-def _require_digest(request: Request, served: ServedTeacher) -> None:
+def require_digest(request: Request, served: ServedTeacher) -> None:
+    """Raises a 412 `Problem` where If-Match names another teacher than this one."""
     condition = request.headers.get("if-match")
     if condition is not None and not names_digest("If-Match", condition, served.digest, weak=False):
         hint = "Read the card again: this is another teacher now."

@@ -15,6 +15,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
 
 from services.options import PredictOptions
 from services.scribe import RETRY_SECONDS
@@ -63,7 +64,23 @@ class Problem(Exception):  # noqa: N818 - RFC 9457's word
             "hint": self.hint,
             "request_id": request_id,
         }
-        return JSONResponse(body, self.status, self.headers, media_type=MEDIA_TYPE)
+        return _ProblemResponse(body, self.status, self.headers, media_type=MEDIA_TYPE)
+
+
+class _ProblemResponse(JSONResponse):
+    """A problem, with one member more where it leaves by a route of the Open Inference Protocol."""
+
+    def render(self, content: Any) -> bytes:
+        """Keeps the members, because only the scope knows the route."""
+        self._members: dict[str, Any] = content
+        return super().render(content)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        if scope["path"] == "/v2" or scope["path"].startswith("/v2/"):
+            self.body = self.render({**self._members, "error": self._members["detail"]})
+            self.headers["content-length"] = str(len(self.body))
+        await super().__call__(scope, receive, send)
 
 
 def internal() -> Problem:

@@ -18,6 +18,7 @@ from PIL import Image
 from safetensors.numpy import save
 
 PREDICT = "/v1/teachers/toy/predict"
+INFER = "/v2/models/toy/infer"
 TENSORS = "application/safetensors"
 ONE = np.zeros((1, 8, 8, 3), np.uint8)
 Made = Callable[[], bytes]
@@ -145,6 +146,113 @@ TENSOR_BODIES: dict[str, tuple[set[int], Made]] = {
     "an archive": ({422}, polyglot),
 }
 
+
+def files(blob: bytes, offsets: list[int], dtype: str = "I64", shape: list[int] | None = None) -> bytes:
+    """A body of encoded files, with any offsets."""
+    numbers = b"".join(number.to_bytes(8, "little", signed=True) for number in offsets)
+    header = {
+        "offsets": {"dtype": dtype, "shape": shape or [len(offsets)], "data_offsets": [0, len(numbers)]},
+        "blob": {"dtype": "U8", "shape": [len(blob)], "data_offsets": [len(numbers), len(numbers) + len(blob)]},
+    }
+    return tensors(header, numbers + blob)
+
+
+def several(*pictures: bytes) -> bytes:
+    """A body of encoded files, as it should be."""
+    return files(b"".join(pictures), [0, *np.cumsum([len(one) for one in pictures]).tolist()])
+
+
+def chosen(classes: np.ndarray) -> bytes:
+    """One image, and classes for it."""
+    return save({"images": ONE, "classes": classes})
+
+
+FILES: dict[str, tuple[set[int], Made]] = {
+    "offsets beyond the blob": ({422}, lambda: files(b"abcd", [0, 2**62])),
+    "offsets before the blob": ({422}, lambda: files(b"abcd", [0, -4, 4])),
+    "offsets that overlap": ({422}, lambda: files(b"abcdefgh", [0, 6, 2, 8])),
+    "offsets whose differences overflow": ({422}, lambda: files(b"abcd", [0, 2**63 - 1, -(2**63), 4])),
+    "offsets from the middle": ({422}, lambda: files(b"abcd", [2, 4])),
+    "offsets that leave a rest": ({422}, lambda: files(b"abcd", [0, 2])),
+    "one offset": ({422}, lambda: files(b"", [0])),
+    "no offsets": ({422}, lambda: files(b"abcd", [], shape=[0])),
+    "offsets in a table": ({422}, lambda: files(b"abcd", [0, 1, 2, 4], shape=[2, 2])),
+    "offsets of floats": ({422}, lambda: files(b"abcd", [0, 4], dtype="F64")),
+    "offsets of no size in a huge shape": ({422}, lambda: files(b"", [], shape=[2**62, 2**62, 0])),
+    "a million empty files": ({413}, lambda: files(b"", [0] * 100_000)),
+    "an empty file": ({422}, lambda: several(b"")),
+    "an archive that is a picture": ({200, 422}, lambda: several(polyglot())),
+    "an archive": ({422}, lambda: several(polyglot()[len(picture("PNG")) :])),
+    "a GIF": ({422}, lambda: several(picture("GIF", 3))),
+    "an SVG": ({422}, lambda: several(b'<svg xmlns="http://www.w3.org/2000/svg"/>')),
+    "a PNG that begins as a JPEG": ({422}, lambda: several(b"\xff\xd8\xff" + picture("PNG"))),
+    "a bomb behind a good file": ({413}, lambda: several(picture("PNG"), bomb(3000))),
+    "twenty promises": ({413}, lambda: several(*[png(200, 200, zlib.compress(bytes(9)))] * 20)),
+    "twenty strips": ({413}, lambda: several(*[picture("PNG", size=(1, 2000))] * 20)),
+    "images and files": ({422}, lambda: save({"images": ONE, "blob": ONE[0, 0, 0], "offsets": np.array([0, 3])})),
+}
+
+CLASSES: dict[str, tuple[set[int], Made]] = {
+    "below zero": ({422}, lambda: chosen(np.array([[-1]]))),
+    "of 63 bits": ({422}, lambda: chosen(np.array([[2**63 - 1]]))),
+    "a million": ({422}, lambda: chosen(np.zeros((1, 100_000), np.int64))),
+    "for others": ({422}, lambda: chosen(np.zeros((100_000, 1), np.int32))),
+    "of no size in a huge shape": (
+        {422},
+        lambda: tensors({"images": entry(0, ROWS), "classes": entry(ROWS, ROWS, [2**62, 0], "I64")}, bytes(ROWS)),
+    ),
+    "floats": ({422}, lambda: chosen(np.full((1, 1), np.nan, np.float32))),
+}
+
+
+def inferred(inputs: list[object], behind: bytes = b"", length: int | None = None, **more: object) -> bytes:
+    """A request of the Open Inference Protocol."""
+    text = json.dumps({"inputs": inputs, **more}).encode()
+    size = b"" if not behind else f"Inference-Header-Content-Length: {length or len(text)}\r\n".encode()
+    return request(text + behind, "application/octet-stream", INFER, extra=size)
+
+
+def sent(shape: list[int], kind: str = "UINT8", **more: object) -> dict[str, object]:
+    return {"name": "images", "shape": shape, "datatype": kind, **more}
+
+
+INFERENCES: dict[str, tuple[set[int], Made]] = {
+    "a shape of a billion": ({422}, lambda: inferred([sent([10**9, 8, 8, 3], data=[0])])),
+    "a shape of 2¹²⁴": ({422}, lambda: inferred([sent([2**62, 2**62], data=[0])])),
+    "a shape of a thousand digits": ({400}, lambda: inferred([sent([10**1000, 8, 8, 3], data=[0])])),
+    "a shape of text": ({400}, lambda: inferred([{**sent([1]), "shape": "1,8,8,3"}])),
+    "data nested very deep": ({400, 413}, lambda: request(b'{"inputs":' + b"[" * 100_000, "", INFER)),
+    "data of one long text among many": (
+        {422},
+        lambda: inferred([sent([1, 8, 8, 3], data=["x" * 50_000, *["y"] * 10_000])]),
+    ),
+    "data of enormous numbers": ({422}, lambda: inferred([sent([1, 8, 8, 3], data=[10**4000] * 20)])),
+    "a number of a hundred thousand digits": ({400}, lambda: request(b"9" * 100_000, "", INFER)),
+    "JSON beyond its share": ({413}, lambda: inferred([sent([1, 8, 8, 3], data=[0] * 100_000)])),
+    "a length beyond the body": ({400}, lambda: inferred([sent([1])], b"behind", 10**9)),
+    "a length that cuts a text": ({400}, lambda: inferred([sent([1])], b"behind", 15)),
+    "bytes of 2⁶³": ({422}, lambda: inferred([sent([1, 8, 8, 3], parameters={"binary_data_size": 2**63})], b"b")),
+    "bytes below zero": ({400}, lambda: inferred([sent([1, 8, 8, 3], parameters={"binary_data_size": -1})], b"b")),
+    "bytes that are taken twice": (
+        {422},
+        lambda: inferred([sent([1, 8, 8, 3], parameters={"binary_data_size": ROWS})] * 2, bytes(ROWS)),
+    ),
+    "a file of 4 GB": (
+        {422},
+        lambda: inferred([sent([1], "BYTES", parameters={"binary_data_size": 4})], b"\xff" * 4),
+    ),
+    "a billion files": (
+        {413},
+        lambda: inferred([sent([10**9], "BYTES", parameters={"binary_data_size": 4})], bytes(4)),
+    ),
+    "shared memory": (
+        {400},
+        lambda: inferred([sent([1], parameters={"shared_memory_region": "/dev/mem", "shared_memory_byte_size": 9})]),
+    ),
+    "a temperature that is none": ({400}, lambda: inferred([sent([1])], parameters={"temperature": float("nan")})),
+    "an id of a megabyte": ({400, 413}, lambda: inferred([sent([1])], id="x" * 10**6)),
+}
+
 PICTURES: dict[str, tuple[set[int], str, Made]] = {
     "bomb with all its zeros": ({413}, "image/png", lambda: bomb(6000)),
     "promise of 2³¹ columns": ({413, 422}, "image/png", lambda: png(2**31 - 1, 1, zlib.compress(bytes(9)))),
@@ -236,6 +344,12 @@ def cases() -> dict[str, tuple[set[int], Made]]:
     found: dict[str, tuple[set[int], Made]] = {}
     for name, (statuses, made) in TENSOR_BODIES.items():
         found[f"tensors: {name}"] = (statuses, lambda made=made: request(made()))  # type: ignore[misc]
+    for name, (statuses, made) in FILES.items():
+        found[f"files: {name}"] = (statuses, lambda made=made: request(made()))  # type: ignore[misc]
+    for name, (statuses, made) in CLASSES.items():
+        asked = f"{PREDICT}?output=gather"
+        found[f"classes: {name}"] = (statuses, lambda made=made, asked=asked: request(made(), target=asked))  # type: ignore[misc]
+    found |= {f"inference: {name}": case for name, case in INFERENCES.items()}
     for name, (statuses, media, made) in PICTURES.items():
         found[f"picture: {name}"] = (statuses, lambda made=made, media=media: request(made(), media))  # type: ignore[misc]
     return {**found, **{f"line: {name}": case for name, case in LINES.items()}}
