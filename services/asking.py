@@ -63,7 +63,7 @@ async def ask_images(request: Request, service: Service, desk: Desk, upload: Upl
     Raises:
         Problem: 403 and 429 of the key's policy and budgets, 422 for classes that do not fit.
     """
-    wanted = with_classes(desk.wanted, upload.classes_NK, len(upload.views_BCHW), _classes(desk))
+    wanted = with_classes(desk.wanted, upload.classes_NK, len(upload.views_BCHW), desk.served.classes)
     sent_BCHW = upload.decoded_BCHW
     asked = Asked.predict(desk.served.name, wanted)
     digests = await admit(request, service.books, asked, len(sent_BCHW), partial(image_digests, sent_BCHW))
@@ -77,8 +77,8 @@ async def ask_named(request: Request, service: Service, desk: Desk, named: Named
     """A question by name; raises as `ask_images` does."""
     library = desk.served.library
     assert library is not None, "its media type was taken"
-    classes_NK = classes_of(named)
-    wanted = with_classes(desk.wanted, classes_NK, len(named.keys), _classes(desk))
+    classes_NK = await asyncio.to_thread(classes_of, named)
+    wanted = with_classes(desk.wanted, classes_NK, len(named.keys), desk.served.classes)
     if named.whole and wanted.output == "gather":
         raise Problem(422, "whole", "has no effect on output=gather", "true", "Leave it out.")
     asked = Asked.predict(desk.served.name, wanted, uploaded=False, dataset=library.dataset)
@@ -160,11 +160,6 @@ def _count(answer: Answer, question: Question, service: Service, visit: Visit) -
     if looked and desk.use in ("prefer", "only"):
         visit.cache_hits = sum(status in (Status.CACHED, Status.KEPT) for status in answer.status)
         visit.cache_misses = len(answer.status) - visit.cache_hits
-
-
-def _classes(desk: Desk) -> int:
-    """How many the teacher has; 0 where it has no logits, and so nothing to gather."""
-    return desk.served.field_shapes.get("logits", (0,))[0]
 
 
 def _name_digests(named: Named, library: Library) -> tuple[bytes, ...]:

@@ -74,7 +74,7 @@ class Inference(_Part):
         return self
 
 
-def cut(data: bytes, header: str | None) -> tuple[bytes, memoryview]:
+def cut(data: bytes, header: str | None) -> tuple[memoryview, memoryview]:
     """A body to its JSON and what lies behind it.
 
     Args:
@@ -85,19 +85,19 @@ def cut(data: bytes, header: str | None) -> tuple[bytes, memoryview]:
         Problem: 400, the header is no length, or not of a part of this body.
     """
     if header is None:
-        return data, memoryview(b"")
+        return memoryview(data), memoryview(b"")
     # Not isdigit() alone: ² is a digit, too.
     length = int(header) if header.isascii() and header.isdigit() and len(header) < 16 else -1
     if not 0 < length <= len(data):
         rule = "must be how many bytes of the body are JSON"
         raise Problem(400, "Inference-Header-Content-Length", rule, header, "Leave it out where all of them are.")
-    return data[:length], memoryview(data)[length:]
+    return memoryview(data)[:length], memoryview(data)[length:]
 
 
-def parse_inference(text: bytes) -> Inference:
+def parse_inference(text: memoryview) -> Inference:
     """JSON to a request; raises a 400 `Problem` where it is none."""
     try:
-        return Inference.model_validate(json.loads(text.decode(), object_pairs_hook=members))
+        return Inference.model_validate(json.loads(bytes(text).decode(), object_pairs_hook=members))
     except RecursionError:
         raise Problem(400, "body", "must be an inference request", "one that is nested too deeply", _HINT) from None
     except ValidationError as error:

@@ -71,7 +71,8 @@ async def lookup(name: str, request: Request, options: Annotated[FormOptions, Qu
         data = await read_body(request, service.settings)
         require_json(data, service.settings)
         named = await asyncio.to_thread(parse_named, data, service.settings.max_images)
-        wanted = with_classes(wanted, classes_of(named), len(named.keys), served.field_shapes.get("logits", (0,))[0])
+        classes_NK = await asyncio.to_thread(classes_of, named)
+        wanted = with_classes(wanted, classes_NK, len(named.keys), served.classes)
         asked = Asked.predict(name, wanted, uploaded=False, dataset=served.library.dataset)
         require(service.books, visit_of(request), asked)
         most, kept = service.settings.max_images, service.kept is not None

@@ -68,7 +68,9 @@ class LimitsCard(Body):
 
     images: int
     body_bytes: int
+    """JSON may have an eighth of them."""
     pixels: int
+    """Of all encoded files of a request together."""
     temperature: tuple[float, float] = (MIN_TEMPERATURE, MAX_TEMPERATURE)
     by_id_only: bool = False
     """Images are not taken."""

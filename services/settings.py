@@ -24,7 +24,7 @@ class Settings(Strict):
     state: Path | None = Field(default=None, description="folder of keys, usage and audit, on a disk of this machine")
     max_body_bytes: int = Field(default=64 * 2**20, gt=0, description="bytes of one request's body")
     max_images: int = Field(default=1024, gt=0, description="images in one request")
-    max_pixels: int = Field(default=2**25, gt=0, description="width × height of one encoded image")
+    max_pixels: int = Field(default=2**25, gt=0, description="width × height, of all files of one request together")
     body_seconds: float = Field(default=60.0, gt=0, le=3600, description="for one request's whole body to arrive")
     queue_images: int = Field(default=4096, gt=0, description="images that may wait for one teacher")
     queue_bytes: int = Field(default=2**28, gt=0, description="of them, as the teacher sees them")

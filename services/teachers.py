@@ -65,6 +65,11 @@ class ServedTeacher:
         return self.teacher.fingerprint
 
     @property
+    def classes(self) -> int:
+        """How many; 0 where it has no logits, and so no classes."""
+        return self.field_shapes.get("logits", (0,))[0]
+
+    @property
     def numerics(self) -> NumericsCard:
         """What decides the last bit of an answer."""
         return NumericsCard(
