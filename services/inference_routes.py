@@ -77,7 +77,8 @@ async def model_ready(name: str, request: Request) -> JSONResponse:
     service = service_of(request)
     served = teacher_of(request, service, name)
     reasons = ["draining"] if service.draining else []
-    _require_ready(reasons if service.batchers[served.name].warm else [*reasons, f"{name} is not warm"])
+    reasons += [] if service.batchers[served.name].warm else [f"{name} is not warm"]
+    _require_ready([*reasons, *([f"the cache of {name} cannot be read"] if name in service.unreadable else [])])
     return JSONResponse({"name": name, "ready": True})
 
 
