@@ -611,6 +611,20 @@ def test_what_a_sparse_cache_keeps_is_neither_gathered_nor_summed(
     assert torch.equal(gathered.values, log_probs(stored[0, :1], 1.0)[:, [4]])
 
 
+def test_what_stands_for_a_broken_file_is_not_looked_for(tmp_path: Path, serve: Serve) -> None:
+    """It is black, and here the cache has a black image."""
+    np.save(tmp_path / "images.npy", np.zeros((21, 10, 10, 3), np.uint8))
+    spec = colour_spec(tmp_path, "black")
+    tc.build(spec, executor="serial")
+    server = serve(spec)
+    for name, pixels in (("black.png", 0), ("grey.png", 90)):
+        Image.fromarray(np.full((8, 8, 3), pixels, np.uint8)).save(tmp_path / name)
+    (tmp_path / "broken.png").write_bytes(b"")
+    paths = [tmp_path / name for name in ("broken.png", "black.png", "grey.png")]
+    found = server.client.predict_files(paths, strict=False)
+    assert found.status == (Status.BROKEN, Status.CACHED, Status.COMPUTED)
+
+
 def test_json_is_bounded_more_tightly_than_tensors(folder: Path, serve: Serve) -> None:
     server = serve(colour_spec(folder, "local"), max_body_bytes=800)
     assert server.post({"keys": [KEYS[0]]}).status_code == 200
