@@ -60,7 +60,7 @@ def unpack_tensors(data: Buffer) -> dict[str, Tensor]:
         flat = torch.frombuffer(bytearray(part.data), dtype=dtype) if part.data else torch.empty(0, dtype=dtype)
         try:
             tensors[name] = flat.reshape(part.shape)
-        except (RuntimeError, OverflowError):
+        except (RuntimeError, TypeError, OverflowError):
             # No bytes fit any shape that has a zero in it, also one that no number of 64 bits can count.
             raise WireError(name[:80], "must have a shape that can be", f"{len(part.shape)} dimensions") from None
     return tensors

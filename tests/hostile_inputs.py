@@ -108,6 +108,8 @@ TENSOR_BODIES: dict[str, tuple[set[int], Made]] = {
     "offsets beyond the end": ({422}, lambda: tensors({"images": entry(0, 2**62)}, bytes(ROWS))),
     "offsets below zero": ({422}, lambda: tensors({"images": entry(-1, ROWS - 1)}, bytes(ROWS))),
     "a shape that overflows": ({422}, lambda: tensors({"images": entry(0, ROWS, [2**32, 2**32, 8, 3])}, bytes(ROWS))),
+    "a shape of nothing times 2⁶²": ({422}, lambda: tensors({"images": entry(0, 0, [0, 2**62, 2])})),
+    "a shape of nothing times 2⁶³": ({422}, lambda: tensors({"images": entry(0, 0, [0, 2**63, 8, 3])})),
     "a shape below zero": ({422}, lambda: tensors({"images": entry(0, ROWS, [-1, -8, 8, 3])}, bytes(ROWS))),
     "a shape that is text": ({422}, lambda: tensors({"images": {**entry(0, ROWS), "shape": "1,8,8,3"}}, bytes(ROWS))),
     "a shape of a thousand dimensions": ({422}, lambda: tensors({"images": entry(0, ROWS, [1] * 999)}, bytes(ROWS))),

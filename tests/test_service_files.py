@@ -89,9 +89,10 @@ BROKEN = {
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_file_spoils_no_other(http: httpx.Client, name: str) -> None:
     files = [FILES[0], BROKEN[name], FILES[2]]
-    before = len(TEACHER.batches)
+    before, counted = len(TEACHER.batches), http.get("/v1/usage").json()["images"]
     found = unpack_tensors(post(http, body(files)).content)
     assert found["status"].tolist() == [Status.COMPUTED, Status.BROKEN, Status.COMPUTED]
+    assert http.get("/v1/usage").json()["images"] == counted + 2, "what cannot be answered costs nothing"
     assert torch.equal(found["values"][2], toy_logits(pixels(FILES[2], KINDS[2]))[0])
     assert found["values"][1].isnan().all()
     # It is black in the batch, so that the others lie where they would.

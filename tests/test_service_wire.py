@@ -74,6 +74,8 @@ HOSTILE = {
     "offsets backwards": body({"images": entry(ONE, 0, start=192)}, bytes(192)),
     "shape larger than the data": body({"images": entry([2, 8, 8, 3], 192)}, bytes(192)),
     "shape that overflows": body({"images": entry([2**62, 8, 8, 3], 192)}, bytes(192)),
+    "nothing, 2⁶² times": body({"images": entry([0, 2**62, 2], 0)}),
+    "nothing, 2⁶³ times": body({"images": entry([0, 2**63, 8, 3], 0)}),
     "negative shape": body({"images": entry([-1, 8, 8, 3], 192)}, bytes(192)),
     "pickle": pickle.dumps({"images": [1]}),
     "another name": save({"pictures": np.zeros(ONE, np.uint8)}),
