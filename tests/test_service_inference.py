@@ -157,6 +157,7 @@ def test_files_travel_as_bytes(http: httpx.Client) -> None:
     refused(post(http, head, behind), 422, "item 0 is broken")
     two = behind + len(files[0]).to_bytes(4, "little") + files[0]
     head = {"inputs": [sent(shape=(2,), kind="BYTES", size=len(two))], "parameters": {"strict": False}}
+    refused(post(http, {"inputs": head["inputs"]}, two), 422, "item 0 is broken")
     found = read(post(http, head, two))
     assert found["status"].tolist() == [5, 2]
     assert np.isnan(found["logits"][0]).all()
