@@ -15,6 +15,7 @@ from torch import Tensor
 
 from services.naming import members
 from services.problems import Problem
+from services.tensor_body import Buffer
 
 _TYPES: dict[str, np.dtype[Any]] = {"UINT8": np.dtype("u1"), "INT32": np.dtype("<i4"), "INT64": np.dtype("<i8")}
 FILES = "BYTES"
@@ -74,7 +75,7 @@ class Inference(_Part):
         return self
 
 
-def cut(data: bytes, header: str | None) -> tuple[memoryview, memoryview]:
+def cut(data: Buffer, header: str | None) -> tuple[memoryview, memoryview]:
     """A body to its JSON and what lies behind it.
 
     Args:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import difflib
 import time
+from dataclasses import fields
 from functools import partial
 from importlib.metadata import version
 from typing import Any
@@ -108,12 +109,12 @@ async def _read(request: Request, service: Service, served: ServedTeacher, deadl
     if inference.model_name not in (None, served.name):
         raise Problem(400, "model_name", f"must be {served.name}, as in the URL", "another", "Leave it out.")
     options = _options(inference, served)
-    desk = desk_of(service, served, wanted_of(request, options, served, tensors=True), options, deadline)
+    desk = desk_of(request, served, wanted_of(request, options, served, tensors=True), options, deadline)
     require_named(inference, desk.wanted, files=any(sent.datatype == FILES for sent in inference.inputs))
     desk.require_room()
     upload = await asyncio.to_thread(_upload, inference, behind, served, service.settings)
     question = await ask_images(request, service, desk, upload)
-    return Inferred(question.desk, question.plan, question.classes_NK, question.resized, inference=inference)
+    return Inferred(**{field.name: getattr(question, field.name) for field in fields(question)}, inference=inference)
 
 
 def _options(asked: Inference, served: ServedTeacher) -> PredictOptions:

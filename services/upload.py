@@ -14,6 +14,7 @@ from services.pixels import PixelBudget
 from services.problems import Problem
 from services.settings import Settings
 from services.teachers import ServedTeacher
+from services.tensor_body import Buffer
 
 _HINT = "See `input` in the teacher's card."
 _FORMS = ({"images"}, {"blob", "offsets"})
@@ -40,7 +41,7 @@ class Upload:
         return self.views_BCHW[[place for place in range(len(self.views_BCHW)) if place not in self.broken]]
 
 
-def uploaded(data: bytes, media_type: str, served: ServedTeacher, settings: Settings) -> Upload:
+def uploaded(data: Buffer, media_type: str, served: ServedTeacher, settings: Settings) -> Upload:
     """A body to images.
 
     Args:
