@@ -47,14 +47,18 @@ async def server_metadata() -> JSONResponse:
 
 
 @router.get("/v2/health/live")
-async def live() -> JSONResponse:
-    """The process answers; unlike `livez` behind the key, as all routes are."""
+async def live(request: Request) -> JSONResponse:
+    """As `livez`, but behind the key, as all routes are."""
+    if dead := service_of(request).dead():
+        hint = "Start it again; its log says why."
+        raise Problem(503, "server", "must be alive", f"{', '.join(dead)} has died", hint)
     return JSONResponse({"live": True})
 
 
 @router.get("/v2/health/ready")
 async def ready(request: Request) -> JSONResponse:
     """As `readyz`."""
+    await service_of(request).look_again()
     _require_ready(service_of(request).not_ready())
     return JSONResponse({"ready": True})
 

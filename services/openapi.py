@@ -9,10 +9,14 @@ from fastapi import FastAPI
 from services import images, naming, problems, wire
 from services.headers import MILLISECONDS
 from services.identity import OPEN_PATHS
+from services.inference_body import Inference
 from services.naming import Named
 from services.settings import Settings
 
 _PREDICT, _LOOKUP = "/v1/teachers/{name}/predict", "/v1/teachers/{name}/lookup"
+_INFER = "/v2/models/{name}/infer"
+_QUESTIONS = {_PREDICT: "Named", _LOOKUP: "Named", _INFER: "Inference"}
+"""The paths that take questions, and what their JSON is."""
 _BINARY = {"type": "string", "format": "binary"}
 _TEXT = {"type": "string"}
 _PROBLEM: dict[str, Any] = {
@@ -71,13 +75,19 @@ def _complete(document: dict[str, Any], *, closed: bool) -> None:
     components = document["components"]
     for name in ("HTTPValidationError", "ValidationError"):
         components["schemas"].pop(name, None)
-    components["schemas"] |= {"Problem": _PROBLEM, "Named": Named.model_json_schema()}
+    components["schemas"] |= {"Problem": _PROBLEM, "Named": Named.model_json_schema(), **_inference()}
     if closed:
         components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         document["security"] = [{"key": []}]
     for path, operations in document["paths"].items():
         for operation in operations.values():
             _complete_operation(path, operation, closed and path not in OPEN_PATHS)
+
+
+def _inference() -> dict[str, Any]:
+    """The protocol's request, and what it is made of."""
+    schema = Inference.model_json_schema(ref_template="#/components/schemas/{model}")
+    return {**schema.pop("$defs", {}), "Inference": schema}
 
 
 def _complete_operation(path: str, operation: dict[str, Any], closed: bool) -> None:
@@ -90,17 +100,17 @@ def _complete_operation(path: str, operation: dict[str, Any], closed: bool) -> N
     if path == "/v1/teachers/{name}":
         headers["If-None-Match"] = "digests that are known; 304 where it is one of them"
         operation["responses"]["304"] = {"description": "The card is the one that is known."}
-    if path in (_PREDICT, _LOOKUP):
+    if path in _QUESTIONS:
         found |= set(_PROBLEMS) - {"401", "403"}
         headers["If-Match"] = "the digest that the teacher must have"
-        content = {naming.MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Named"}}}
+        content = {naming.MEDIA_TYPE: {"schema": {"$ref": f"#/components/schemas/{_QUESTIONS[path]}"}}}
         operation["requestBody"] = {"required": True, "content": content}
     if path == _PREDICT:
         operation["requestBody"]["content"] |= _content(wire.MEDIA_TYPE, *images.FORMATS)
         operation["responses"]["200"]["content"] |= _content(wire.MEDIA_TYPE)
     parameters = operation.setdefault("parameters", [])
     parameters += [_header(name, text, _TEXT) for name, text in headers.items()]
-    if path == _PREDICT:
+    if path in _QUESTIONS:
         schema = {**_TEXT, "pattern": f"^{MILLISECONDS}$"}
         parameters.append(_header("X-Deadline-Ms", "milliseconds that the client will still wait", schema))
     responses = operation["responses"]

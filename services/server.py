@@ -56,7 +56,7 @@ def run(app: FastAPI, listener: socket.socket, admin: socket.socket | None) -> N
         listener: where it is served.
         admin: where its admin's endpoints are; on loopback.
     """
-    config = _config(app)
+    config = _config(app, app.state.service)
     with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
         runner.run(_serve(Server(config, app.state.service), app, listener, admin))
 
@@ -66,7 +66,7 @@ async def _serve(server: Server, app: FastAPI, listener: socket.socket, admin: s
         await server.serve([listener])
         return
     endpoints = Admin(app.state.service, app.state.metrics, server.drain)
-    beside = _Beside(_config(endpoints.app(), lifespan="off"))
+    beside = _Beside(_config(endpoints.app(), app.state.service, lifespan="off"))
     watched = asyncio.create_task(beside.serve([admin]))
     # It ends after the other; if it cannot go on, the other ends too, and its error is raised below.
     watched.add_done_callback(lambda _task: server.close())
@@ -77,7 +77,7 @@ async def _serve(server: Server, app: FastAPI, listener: socket.socket, admin: s
         await watched
 
 
-def _config(app: FastAPI, lifespan: str = "on") -> uvicorn.Config:
+def _config(app: FastAPI, service: Service, lifespan: str = "on") -> uvicorn.Config:
     return uvicorn.Config(
         app,
         log_config=None,
@@ -85,7 +85,7 @@ def _config(app: FastAPI, lifespan: str = "on") -> uvicorn.Config:
         server_header=False,
         ws="none",
         lifespan=lifespan,  # type: ignore[arg-type]  # one of its literals
-        timeout_graceful_shutdown=_DRAIN_LIMIT + math.ceil(app.state.service.settings.queue_seconds),
+        timeout_graceful_shutdown=_DRAIN_LIMIT + math.ceil(service.settings.queue_seconds),
     )
 
 

@@ -94,8 +94,14 @@ OPERATIONS = [
     "GET /v1/teachers",
     "GET /v1/teachers/{name}",
     "GET /v1/usage",
+    "GET /v2",
+    "GET /v2/health/live",
+    "GET /v2/health/ready",
+    "GET /v2/models/{name}",
+    "GET /v2/models/{name}/ready",
     "POST /v1/teachers/{name}/lookup",
     "POST /v1/teachers/{name}/predict",
+    "POST /v2/models/{name}/infer",
 ]
 
 
