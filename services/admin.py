@@ -23,6 +23,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from services import keys
+from services.identity import LOCAL_NAMES, host_name
 from services.metrics import Metrics
 from services.policy import Policy
 from services.problems import Problem, install, request_id
@@ -32,7 +33,6 @@ from teacher_cache.errors import SpecError
 from teacher_cache.spec import parse
 
 _log = logging.getLogger("services")
-_NAMES = ("127.0.0.1", "localhost", "[::1]")
 
 
 class NewKey(BaseModel):
@@ -151,11 +151,9 @@ def _stranger(scope: Scope) -> Problem | None:
     headers, client = Headers(scope=scope), scope.get("client")
     if client is None or not ipaddress.ip_address(client[0]).is_loopback:
         return Problem(403, "address", "must be of this machine", client and client[0], "Log in there.")
-    host = headers.get("host", "")
-    name = host if host.endswith("]") else host.rpartition(":")[0] or host
-    if name not in _NAMES:
+    if host_name(headers.get("host", "")) not in LOCAL_NAMES:
         # A page whose name was made to point here (DNS rebinding) still sends its own name.
-        return Problem(403, "Host", f"must be {', '.join(_NAMES)}", "another name", "Use one of them.")
+        return Problem(403, "Host", f"must be {', '.join(LOCAL_NAMES)}", "another name", "Use one of them.")
     if "origin" in headers or headers.get("sec-fetch-site", "none") != "none":
         return Problem(403, "Origin", "must not be a page in a browser", "(hidden)", "Ask with a program.")
     return None

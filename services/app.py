@@ -116,9 +116,9 @@ class Gate:
             await unrecorded().response(request_id)(scope, door.receive, door.send_unrecorded)
 
     async def _enter(self, scope: Scope, door: _Door) -> None:
-        authorization = Headers(scope=scope).get("authorization", "").encode("latin-1")
-        visit = door.visit
-        visit.caller = await self._books.doorkeeper.identify(scope["path"], authorization)
+        headers, visit = Headers(scope=scope), door.visit
+        authorization = headers.get("authorization", "").encode("latin-1")
+        visit.caller = await self._books.doorkeeper.identify(scope["path"], authorization, headers.get("host", ""))
         require(self._books, visit, Asked())
         await self._app(scope, door.receive, door.send)
 

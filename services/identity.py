@@ -25,6 +25,8 @@ OPEN_PATHS = frozenset({"/livez", "/readyz"})
 """The two probes: they say nothing about a teacher. The files of the page do not either: a browser fetches them
 before it can be given a key."""
 ENVIRONMENT, NOBODY = "TEACHER_API_KEY", "(no key)"
+LOCAL_NAMES = ("127.0.0.1", "localhost", "[::1]")
+"""What a Host header calls this machine."""
 """Names that no key in a file can have: of the environment's key, and of whoever asks a server without any."""
 
 
@@ -58,19 +60,25 @@ class Doorkeeper:
             hint = "Make one: teacher-serve keys add NAME --state FOLDER."
             raise SpecError("host", "needs a valid key unless it is a loopback address", settings.host, hint)
 
-    async def identify(self, path: str, authorization: bytes) -> Caller | None:
+    async def identify(self, path: str, authorization: bytes, host: str) -> Caller | None:
         """Who sends this header; None at the probes and for the page's files.
 
         Args:
             path: as the router sees it; unknown paths are refused like known ones, so that nothing can be probed.
             authorization: the header's raw bytes, empty where there is none.
+            host: the header of that name.
 
         Raises:
-            Problem: 401, the same for a missing, malformed, wrong and revoked key; 503 while the file cannot be read.
+            Problem: 421 where anybody may ask, and the request was meant for another machine; 401, the same for a
+                missing, malformed, wrong and revoked key; 503 while the file cannot be read.
         """
         if path in self.open_paths:
             return None
         if self._folder is None and self._environment is None:
+            if host_name(host) not in LOCAL_NAMES:
+                # A page elsewhere whose name was made to mean this machine (DNS rebinding) would ask through a browser.
+                hint = "Ask at 127.0.0.1, or have the server take keys: TEACHER_API_KEY, or --state FOLDER."
+                raise Problem(421, "Host", "must be this machine's own name where no key is asked for", "another", hint)
             return Caller(NOBODY, Policy())
         if self._stamp() != self._version:
             async with self._changing:
@@ -118,3 +126,8 @@ class Doorkeeper:
             _log.error("no key of the file is taken: %s", error)
             self._keys = None
         self._version = version
+
+
+def host_name(host: str) -> str:
+    """A Host header without its port."""
+    return host if host.endswith("]") else host.rpartition(":")[0] or host

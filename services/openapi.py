@@ -44,6 +44,7 @@ _PROBLEMS = {
     "412": "The teacher is not the one that If-Match names.",
     "413": "Too many bytes, images or pixels.",
     "415": "The body is of a kind that is not taken.",
+    "421": "Nobody needs a key here, and the request was meant for another machine.",
     "422": "The body is not what its kind says.",
     "429": "Your budget has no room; Retry-After says when it will have.",
     "500": "The teacher failed on these images, or its cache is not what was built.",
@@ -91,7 +92,7 @@ def _inference() -> dict[str, Any]:
 
 
 def _complete_operation(path: str, operation: dict[str, Any], closed: bool) -> None:
-    found = {"503"} | ({"401", "403"} if closed else set())
+    found = {"503"} | ({"401", "403"} if closed else {"421"})
     headers = {"X-Request-Id": "names the request in the log, if it is plain"}
     if path in OPEN_PATHS:
         operation["security"] = []
@@ -101,7 +102,7 @@ def _complete_operation(path: str, operation: dict[str, Any], closed: bool) -> N
         headers["If-None-Match"] = "digests that are known; 304 where it is one of them"
         operation["responses"]["304"] = {"description": "The card is the one that is known."}
     if path in _QUESTIONS:
-        found |= set(_PROBLEMS) - {"401", "403"}
+        found |= set(_PROBLEMS) - {"401", "403", "421"}
         headers["If-Match"] = "the digest that the teacher must have"
         content = {naming.MEDIA_TYPE: {"schema": {"$ref": f"#/components/schemas/{_QUESTIONS[path]}"}}}
         operation["requestBody"] = {"required": True, "content": content}

@@ -28,7 +28,7 @@ def request(
     body: bytes = b"", media: str = TENSORS, target: str = PREDICT, method: str = "POST", extra: bytes = b""
 ) -> bytes:
     """A well-formed request around a body."""
-    head = f"{method} {target} HTTP/1.1\r\nHost: toy\r\nContent-Type: {media}\r\nConnection: close\r\n"
+    head = f"{method} {target} HTTP/1.1\r\nHost: [::1]\r\nContent-Type: {media}\r\nConnection: close\r\n"
     return head.encode() + extra + f"Content-Length: {len(body)}\r\n\r\n".encode() + body
 
 
@@ -312,27 +312,30 @@ LINES: dict[str, tuple[set[int], Made]] = {
     "compressed body": ({415, 422}, lambda: request(zlib.compress(GOOD), extra=b"Content-Encoding: gzip\r\n")),
     "a length that is text": (
         {400},
-        lambda: raw(f"POST {PREDICT} HTTP/1.1\nHost: toy\nContent-Length: many".encode(), GOOD),
+        lambda: raw(f"POST {PREDICT} HTTP/1.1\nHost: [::1]\nContent-Length: many".encode(), GOOD),
     ),
-    "a length below zero": ({400}, lambda: raw(f"POST {PREDICT} HTTP/1.1\nHost: toy\nContent-Length: -5".encode())),
+    "a length below zero": (
+        {400},
+        lambda: raw(f"POST {PREDICT} HTTP/1.1\nHost: [::1]\nContent-Length: -5".encode()),
+    ),
     "two lengths": (
         {400},
-        lambda: raw(f"POST {PREDICT} HTTP/1.1\nHost: toy\nContent-Length: 5\nContent-Length: 6".encode(), b"aaaaaa"),
+        lambda: raw(f"POST {PREDICT} HTTP/1.1\nHost: [::1]\nContent-Length: 5\nContent-Length: 6".encode(), b"aaaaaa"),
     ),
     "a length and chunks": (
         {400, 413, 415, 422},
         lambda: raw(
-            f"POST {PREDICT} HTTP/1.1\nHost: toy\nContent-Type: {TENSORS}\nConnection: close\n"
+            f"POST {PREDICT} HTTP/1.1\nHost: [::1]\nContent-Type: {TENSORS}\nConnection: close\n"
             "Content-Length: 5\nTransfer-Encoding: chunked".encode(),
             b"0\r\n\r\n",
         ),
     ),
     "chunks that are none": (
         {400},
-        lambda: raw(f"POST {PREDICT} HTTP/1.1\nHost: toy\nTransfer-Encoding: chunked".encode(), b"zz\r\nabc\r\n"),
+        lambda: raw(f"POST {PREDICT} HTTP/1.1\nHost: [::1]\nTransfer-Encoding: chunked".encode(), b"zz\r\nabc\r\n"),
     ),
     "no host": ({400}, lambda: raw(f"POST {PREDICT} HTTP/1.1\nContent-Length: 0".encode())),
-    "HTTP of another world": ({200, 400, 505}, lambda: raw(b"GET /livez HTTP/9.9\nHost: toy")),
+    "HTTP of another world": ({200, 400, 505}, lambda: raw(b"GET /livez HTTP/9.9\nHost: [::1]")),
     "a method of its own": ({400, 405}, lambda: request(method="BREW")),
     "TLS on a plain port": ({400}, lambda: b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(64) + b"\r\n\r\n"),
     "a header that splits": ({400}, lambda: request(GOOD, extra=b"X-Request-Id: a\rSet-Cookie: b\r\n")),

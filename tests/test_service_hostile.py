@@ -97,7 +97,7 @@ def test_the_memory_of_all_of_them_is_given_back(client: httpx.Client) -> None:
 
 def test_a_body_that_trickles_is_cut_off(client: httpx.Client) -> None:
     """Each byte a little later: the time for all of them counts, not the time between two."""
-    head = f"POST {PREDICT} HTTP/1.1\nHost: toy\nContent-Type: application/safetensors\nContent-Length: 200"
+    head = f"POST {PREDICT} HTTP/1.1\nHost: localhost\nContent-Type: application/safetensors\nContent-Length: 200"
     started = time.monotonic()
     status, answer = answer_to(client, raw(head.encode()) + GOOD[:120], pause=0.02)
     assert status == 408
@@ -107,6 +107,6 @@ def test_a_body_that_trickles_is_cut_off(client: httpx.Client) -> None:
 
 
 def test_a_body_that_never_comes_is_not_waited_for(client: httpx.Client) -> None:
-    head = f"POST {PREDICT} HTTP/1.1\nHost: toy\nContent-Type: application/safetensors\nContent-Length: 200"
+    head = f"POST {PREDICT} HTTP/1.1\nHost: localhost\nContent-Type: application/safetensors\nContent-Length: 200"
     assert answer_to(client, raw(head.encode()))[0] == 408
     require_answers(client)

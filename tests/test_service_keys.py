@@ -337,3 +337,21 @@ def test_wrong_commands_end_with_2_and_one_line(
     assert shown.out == ""
     assert words in shown.err
     assert shown.err.count("\n") == 1
+
+
+def test_where_no_key_is_asked_for_a_page_elsewhere_cannot_ask_through_a_browser() -> None:
+    """DNS rebinding: the name is another one, and means this machine."""
+    with serving(toy_served(open_gate(ToyTeacher()))) as client:
+        for host, status in (
+            ("127.0.0.1:8000", 200),
+            ("localhost", 200),
+            ("[::1]:9", 200),
+            ("evil.example:8000", 421),
+            ("", 421),
+        ):
+            answer = client.get("/v1/teachers", headers={"Host": host})
+            assert answer.status_code == status, host
+        assert client.get("/livez", headers={"Host": "evil.example"}).status_code == 200
+    with serving(toy_served(open_gate(ToyTeacher())), api_key="some-key") as client:
+        headers = {"Host": "teachers.example", "Authorization": "Bearer some-key"}
+        assert client.get("/v1/teachers", headers=headers).status_code == 200
