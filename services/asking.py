@@ -22,6 +22,7 @@ from services.answers import gathered
 from services.classes import with_classes
 from services.library import Library
 from services.naming import Named
+from services.options import Wanted
 from services.planning import plan_images
 from services.planning_named import plan_named
 from services.policy import Asked
@@ -81,12 +82,18 @@ async def ask_named(request: Request, service: Service, desk: Desk, named: Named
     wanted = with_classes(desk.wanted, classes_NK, len(named.keys), desk.served.classes)
     if named.whole and wanted.output == "gather":
         raise Problem(422, "whole", "has no effect on output=gather", "true", "Leave it out.")
-    asked = Asked.predict(desk.served.name, wanted, uploaded=False, dataset=library.dataset)
+    asked = asked_by_name(library, desk.served.name, wanted, named)
     digests = await admit(request, service.books, asked, len(named.keys), partial(_name_digests, named, library))
     cached, most = desk.use in ("prefer", "only"), service.settings.max_images
     looked = desk.use != "only" or desk.kept is not None
     plan = partial(plan_named, desk.served, named, wanted, cached=cached, most=most, looked=looked)
     return Question(replace(desk, wanted=wanted), plan, classes_NK, counted=range(len(named.keys)), digests=digests)
+
+
+def asked_by_name(library: Library, teacher: str, wanted: Wanted, named: Named) -> Asked:
+    """What a question by name asks for."""
+    asked, view = Asked.predict(teacher, wanted, uploaded=False, dataset=library.dataset), max(named.view_of_each)
+    return replace(asked, unplanned_view=view if view >= library.planned_views else None)
 
 
 def classes_of(named: Named) -> Tensor | None:

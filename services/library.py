@@ -92,6 +92,11 @@ class Library:
         return 0 if self._cache is None else self._cache.views
 
     @property
+    def planned_views(self) -> int:
+        """How many the configuration asks for, or the cache has."""
+        return max(self.views, self._opened.spec.views.count)
+
+    @property
     def recipe(self) -> str:
         """Fingerprint of the views."""
         return self._opened.recipe.view_fingerprint

@@ -85,6 +85,8 @@ class Asked:
     uploaded: bool = False
     """Whether it brings images of its own, and does not name samples of a data set."""
     dataset: str | None = None
+    unplanned_view: int | None = None
+    """A view beyond those that the configuration plans, where one is asked for."""
 
     @classmethod
     def predict(cls, teacher: str, wanted: Wanted, *, uploaded: bool = True, dataset: str | None = None) -> Asked:
@@ -119,6 +121,8 @@ def _broken(policy: Policy, asked: Asked, now: datetime) -> Iterator[tuple[str, 
         yield "teachers", "must be one that this key may ask", asked.teacher, hint
     if policy.by_id_only and asked.uploaded:
         yield "by_id_only", "lets this key ask by sample key only", "uploaded images", "Name samples instead."
+    if policy.by_id_only and asked.unplanned_view is not None:
+        yield "by_id_only", "lets this key ask for planned views only", f"view {asked.unplanned_view}", card
     for output in asked.outputs:
         if policy.outputs is not None and output not in policy.outputs:
             yield "outputs", f"are {', '.join(policy.outputs) or 'none'} for this key", output, card

@@ -15,14 +15,13 @@ from fastapi.responses import Response
 from services import naming
 from services.admission import caller_of, require, visit_of
 from services.answering import Desk
-from services.asking import Question, answered, ask_images, ask_named, classes_of, in_time
+from services.asking import Question, answered, ask_images, ask_named, asked_by_name, classes_of, in_time
 from services.body import read_body, require_json
 from services.classes import with_classes
 from services.headers import answers_tensors, deadline_of, media_type_of, names_digest
 from services.naming import parse_named
 from services.options import FormOptions, OptionError, PredictOptions, Wanted, resolve
 from services.planning_named import look_up
-from services.policy import Asked
 from services.problems import Problem
 from services.responding import respond
 from services.routes import service_of, teacher_of
@@ -73,8 +72,7 @@ async def lookup(name: str, request: Request, options: Annotated[FormOptions, Qu
         named = await asyncio.to_thread(parse_named, data, service.settings.max_images)
         classes_NK = await asyncio.to_thread(classes_of, named)
         wanted = with_classes(wanted, classes_NK, len(named.keys), served.classes)
-        asked = Asked.predict(name, wanted, uploaded=False, dataset=served.library.dataset)
-        require(service.books, visit_of(request), asked)
+        require(service.books, visit_of(request), asked_by_name(served.library, name, wanted, named))
         most, kept = service.settings.max_images, service.kept is not None
         found = await service.read(name, partial(look_up, served, named, wanted, most=most, rendered=kept))
         desk = desk_of(request, served, wanted, PredictOptions(cache="only"), math.inf)

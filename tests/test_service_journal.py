@@ -283,3 +283,7 @@ def test_a_key_that_may_bring_no_images_builds_by_name_or_not_at_all(
             tc.build(elsewhere(spec, tmp_path / "none", model=url, api_key=other), executor="serial")
         with TeacherClient(url, other) as client, pytest.raises(ServiceError, match="datasets"):
             client.lookup(KEYS[:1])
+        with TeacherClient(url, key) as client:
+            for ask in (client.lookup, client.predict_named):
+                with pytest.raises(ServiceError, match=r"planned views only.*view 2"):
+                    ask(KEYS[:2], [0, 2])
