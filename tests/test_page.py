@@ -34,6 +34,7 @@ from services.app import create_app
 from services.identity import OPEN_PATHS
 from services.images import decode
 from services.page import PATHS
+from services.pixels import PixelBudget
 from services.policy import Asked, Policy, Span, require_allowed
 from services.settings import Settings
 from services.state_folder import StateFolder
@@ -45,7 +46,7 @@ FOLDER = ROOT / "services/page"
 FILES = [path for path in FOLDER.iterdir() if path.is_file() and path.suffix != ".py"]
 TENSORS = {"Content-Type": "application/safetensors"}
 IMAGE, ANOTHER = picture("PNG"), picture("PNG", seed=1)
-LOGITS = toy_logits(decode(IMAGE, "image/png", (3, 8, 8), 10_000)[0])[0].double()
+LOGITS = toy_logits(decode(IMAGE, "image/png", (3, 8, 8), PixelBudget(10_000))[0])[0].double()
 
 
 def names_by_mass(temperature: float) -> dict[str, float]:
@@ -197,7 +198,7 @@ def test_the_card_is_shown(browser: Browser) -> None:
         expect(page.locator("#key-facts dt").first).to_have_text("Name")
         facts = visitor.facts("#card-facts")
         assert facts["Digest"] == ToyTeacher.fingerprint
-        assert facts["Outputs"] == "logits, logprobs, probs, topk"
+        assert facts["Outputs"] == "logits, logprobs, probs, topk, gather"
         assert facts["Preprocessing"] == "x / 255"
         assert facts["Computed"] == "fp32 on cpu, 1 thread, 8 rows a batch"
         assert "class 0, class 1" in facts["Classes"]
@@ -528,7 +529,7 @@ def test_a_key_with_a_few_classes_and_temperatures_asks_for_each(browser: Browse
         visitor.page.wait_for_timeout(400)
         assert len(visitor.asked("/predict")) == 3, "what is known is not paid again"
         assert visitor.facts("#key-facts")["Temperatures"] == "4, 1, 2"
-        another = toy_logits(decode(ANOTHER, "image/png", (3, 8, 8), 10_000)[0])[0].double()
+        another = toy_logits(decode(ANOTHER, "image/png", (3, 8, 8), PixelBudget(10_000))[0])[0].double()
         other = [float(torch.softmax(another / temperature, 0).max()) for temperature in (1, 2)]
         visitor.choose(ANOTHER)
         for presses, count in ((0, 4), (1, 5)):
