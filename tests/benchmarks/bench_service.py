@@ -134,6 +134,7 @@ def main() -> None:
     parser.add_argument("--others", type=Path, help="folder with LitServe and mosec")
     parser.add_argument("--seconds", type=float, default=4, help="of a turn")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--teacher", choices=[case.name for case in CASES], help="one of them only")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -143,7 +144,7 @@ def main() -> None:
     found |= {kind: there.get(kind, "left out: not in --others") for kind in OTHERS}
     others = dict.fromkeys(there, given.others)
     with tempfile.TemporaryDirectory() as folder, LoadGenerator() as load:
-        for case in CASES:
+        for case in (one for one in CASES if given.teacher in (None, one.name)):
             config = case.configuration(Path(folder))
             shape = (3, case.size, case.size)
             bare = bare_loop(config, case.micro_batch, shape)

@@ -7,6 +7,7 @@ so the load, not the server, would be measured.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import multiprocessing
 import random
@@ -17,6 +18,8 @@ from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any
 
+IDLE = 2.0
+"""Seconds after which a connection is not used again: uvicorn closes them after five."""
 Ask = Callable[[float], Coroutine[Any, Any, None]]
 STAMP = 8
 """Bytes of an image that are overwritten: no single flight and no cache finds it again."""
@@ -86,13 +89,15 @@ class _Pool:
     """Connections that wait for a next request."""
 
     def __init__(self, port: int) -> None:
-        self._port, self._idle = port, list[tuple[asyncio.StreamReader, asyncio.StreamWriter]]()
+        self._port, self._idle = port, list[tuple[float, asyncio.StreamReader, asyncio.StreamWriter]]()
 
     async def ask(self, head: bytes, body: bytes) -> int:
         """One request; the status of its answer, which has been read to the end."""
-        if self._idle:
-            reader, writer = self._idle.pop()
+        # Whoever was used last is first: so those that the server may have closed are all at the other end.
+        if self._idle and time.monotonic() - self._idle[-1][0] < IDLE:
+            _, reader, writer = self._idle.pop()
         else:
+            await self.close()
             reader, writer = await asyncio.open_connection("127.0.0.1", self._port)
         writer.writelines((head, body))
         said = await reader.readuntil(b"\r\n\r\n")
@@ -102,12 +107,17 @@ class _Pool:
         if fields.get(b"connection") == b"close":
             writer.close()
         else:
-            self._idle.append((reader, writer))
+            self._idle.append((time.monotonic(), reader, writer))
         return int(lines[0].split()[1])
 
-    def close(self) -> None:
-        for _, writer in self._idle:
+    async def close(self) -> None:
+        """All that wait."""
+        idle, self._idle = self._idle, []
+        for *_, writer in idle:
             writer.close()
+            with contextlib.suppress(OSError):
+                # Whoever hung up first may have done so rudely.
+                await writer.wait_closed()
 
 
 async def drive(question: Question, how: Closed | Open, numbers: itertools.count[int]) -> list[Answer]:
@@ -125,7 +135,7 @@ async def drive(question: Question, how: Closed | Open, numbers: itertools.count
         answers.append(Answer(scheduled, time.perf_counter() - started, status))
 
     await (_closed(ask, how, started) if isinstance(how, Closed) else _open(ask, how, started))
-    pool.close()
+    await pool.close()
     return answers
 
 
