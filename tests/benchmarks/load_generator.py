@@ -1,0 +1,201 @@
+"""Load from a process of its own: keep-alive connections, closed or open loop, bodies that never repeat.
+
+HTTP/1.1 is written and read by hand: a client library would take longer over a request than a small teacher does, and
+so the load, not the server, would be measured.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import multiprocessing
+import random
+import time
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from types import TracebackType
+from typing import Any
+
+IDLE = 2.0
+"""Seconds after which a connection is not used again: uvicorn closes them after five."""
+Ask = Callable[[float], Coroutine[Any, Any, None]]
+STAMP = 8
+"""Bytes of an image that are overwritten: no single flight and no cache finds it again."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked again and again, of a server on this machine."""
+
+    port: int
+    path: str
+    headers: tuple[tuple[str, str], ...]
+    body: bytes
+    images: tuple[int, ...] = ()
+    """Where in the body an image begins, each to be made unlike all before; none is changed where this is empty."""
+
+    def head(self) -> bytes:
+        """The request up to its body."""
+        lines = [f"POST {self.path} HTTP/1.1", f"Host: 127.0.0.1:{self.port}", f"Content-Length: {len(self.body)}"]
+        return "\r\n".join([*lines, *(f"{name}: {value}" for name, value in self.headers), "\r\n"]).encode()
+
+    def stamped(self, numbers: itertools.count[int]) -> bytes:
+        """The next body."""
+        if not self.images:
+            return self.body
+        body = bytearray(self.body)
+        for start in self.images:
+            body[start : start + STAMP] = next(numbers).to_bytes(STAMP, "little")
+        return bytes(body)
+
+
+@dataclass(frozen=True)
+class Closed:
+    """So many callers; each asks again as soon as it has its answer, for so long, or so often all together."""
+
+    callers: int
+    seconds: float = float("inf")
+    most: int | None = None
+
+
+@dataclass(frozen=True)
+class Open:
+    """Poisson arrivals, whether or not the server keeps up."""
+
+    rate: float
+    """Requests a second."""
+    seconds: float
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One that came. Seconds since the load began."""
+
+    scheduled: float
+    """When it should have been asked: in an open loop a slow server cannot delay it, in a closed one it was."""
+    done: float
+    status: int
+
+    @property
+    def seconds(self) -> float:
+        """From the time it was due."""
+        return self.done - self.scheduled
+
+
+class _Pool:
+    """Connections that wait for a next request."""
+
+    def __init__(self, port: int) -> None:
+        self._port, self._idle = port, list[tuple[float, asyncio.StreamReader, asyncio.StreamWriter]]()
+
+    async def ask(self, head: bytes, body: bytes) -> int:
+        """One request; the status of its answer, which has been read to the end."""
+        # Whoever was used last is first: so those that the server may have closed are all at the other end.
+        if self._idle and time.monotonic() - self._idle[-1][0] < IDLE:
+            _, reader, writer = self._idle.pop()
+        else:
+            await self.close()
+            reader, writer = await asyncio.open_connection("127.0.0.1", self._port)
+        writer.writelines((head, body))
+        said = await reader.readuntil(b"\r\n\r\n")
+        lines = said.lower().split(b"\r\n")
+        fields = dict(line.split(b": ", 1) for line in lines[1:] if line)
+        await reader.readexactly(int(fields[b"content-length"]))
+        if fields.get(b"connection") == b"close":
+            writer.close()
+        else:
+            self._idle.append((time.monotonic(), reader, writer))
+        return int(lines[0].split()[1])
+
+    async def close(self) -> None:
+        """All that wait."""
+        idle, self._idle = self._idle, []
+        for *_, writer in idle:
+            writer.close()
+            with contextlib.suppress(OSError):
+                # Whoever hung up first may have done so rudely.
+                await writer.wait_closed()
+
+
+async def drive(question: Question, how: Closed | Open, numbers: itertools.count[int]) -> list[Answer]:
+    """Asks until the time is over, and waits for what is under way.
+
+    Raises:
+        OSError: the server is gone.
+        asyncio.IncompleteReadError: it hung up on a request.
+    """
+    pool, head, answers = _Pool(question.port), question.head(), list[Answer]()
+    started = time.perf_counter()
+
+    async def ask(scheduled: float) -> None:
+        status = await pool.ask(head, question.stamped(numbers))
+        answers.append(Answer(scheduled, time.perf_counter() - started, status))
+
+    await (_closed(ask, how, started) if isinstance(how, Closed) else _open(ask, how, started))
+    await pool.close()
+    return answers
+
+
+async def _closed(ask: Ask, how: Closed, started: float) -> None:
+    left = itertools.count() if how.most is None else iter(range(how.most))
+
+    async def caller() -> None:
+        for _ in left:
+            now = time.perf_counter() - started
+            if now >= how.seconds:
+                return
+            await ask(now)
+
+    async with asyncio.TaskGroup() as group:
+        for _ in range(how.callers):
+            group.create_task(caller())
+
+
+async def _open(ask: Ask, how: Open, started: float) -> None:
+    drawn, due = random.Random(how.seed), 0.0
+    async with asyncio.TaskGroup() as group:
+        while (due := due + drawn.expovariate(how.rate)) < how.seconds:
+            await asyncio.sleep(max(0.0, due - (time.perf_counter() - started)))
+            group.create_task(ask(due))
+
+
+def _serve(asked: Connection) -> None:
+    numbers = itertools.count()
+    while (job := asked.recv()) is not None:
+        asked.send(asyncio.run(drive(*job, numbers)))
+
+
+class LoadGenerator:
+    """The process; one load at a time."""
+
+    def __init__(self) -> None:
+        self._ours, theirs = multiprocessing.Pipe()
+        self._process = multiprocessing.get_context("spawn").Process(target=_serve, args=(theirs,), daemon=True)
+
+    def __enter__(self) -> LoadGenerator:
+        self._process.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._process.terminate()
+        self._process.join()
+
+    def run(self, question: Question, how: Closed | Open, meanwhile: Callable[[], None] | None = None) -> list[Answer]:
+        """Every answer, in the order in which they came.
+
+        Args:
+            question: what is asked.
+            how: by whom and when.
+            meanwhile: called ten times a second.
+        """
+        self._ours.send((question, how))
+        while not self._ours.poll(0.1):
+            if meanwhile is not None:
+                meanwhile()
+            if not self._process.is_alive():
+                raise RuntimeError("the load generator has died; its error is above")
+        answers: list[Answer] = self._ours.recv()
+        return answers

@@ -1,0 +1,76 @@
+"""Open loops for `bench_service.py`: below capacity, and ten times above it."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+
+from bench_views import Rows
+from contenders import Ours
+from load_generator import Answer, LoadGenerator, Open
+from torch import Tensor
+
+SHARE, TIMES = 0.8, 10
+BATCHES, MARGIN = 5, 0.010
+
+
+def latency(load: LoadGenerator, ours: Ours, views_BCHW: Tensor, capacity: float, batch: float, seconds: float) -> Rows:
+    """How long answers take below capacity.
+
+    Args:
+        load: where it comes from.
+        ours: who answers.
+        views_BCHW: of one request.
+        capacity: images a second of a closed loop.
+        batch: seconds of a batch.
+        seconds: how long.
+    """
+    answers = load.run(ours.question(views_BCHW), Open(SHARE * capacity / len(views_BCHW), seconds))
+    good = [answer.seconds for answer in answers if answer.status == 200]
+    label = f"p99 at {SHARE:.0%} load, open loop, {len(views_BCHW)} images a request"
+    goal = BATCHES * batch + MARGIN
+    came = f"{len(good)} of {len(answers)} answered"
+    shown = f"{_ms(good, 0.99)}, goal ≤ {goal * 1e3:.0f} ms; median {_ms(good, 0.5)}, {came}"
+    return {label: f"{(percentile(good, 0.99) - MARGIN) / batch:.1f} batch times + 10 ms ({shown})"}
+
+
+def overload(
+    load: LoadGenerator, ours: Ours, views_BCHW: Tensor, capacity: float, batch: float, seconds: float
+) -> Rows:
+    """What becomes of ten times the load; arguments as `latency` has them."""
+    images, deadline = len(views_BCHW), math.ceil(10 * batch * 10) / 10
+    before = most = ours.resident()
+
+    def watch() -> None:
+        nonlocal most
+        most = max(most, ours.resident())
+
+    question = ours.question(views_BCHW, deadline)
+    answers = load.run(question, Open(TIMES * capacity / images, seconds), watch)
+    given = [answer for answer in answers if answer.status == 200]
+    good = [answer for answer in given if answer.seconds <= deadline]
+    inside = sum(answer.done <= seconds for answer in good) * images / seconds
+    refused = [answer.seconds for answer in answers if answer.status == 503]
+    label = f"{TIMES} × overload for {seconds:.0f} s, {images} images a request, deadline {deadline:.1f} s"
+    by_status = ", ".join(f"{count} × {status}" for status, count in sorted(statuses(answers).items()))
+    return {
+        f"{label}: goodput / capacity, goal ≥ 0.95": f"{inside / capacity:.3f} ({by_status})",
+        f"{label}: answers inside their deadline, goal ≥ 99 %": f"{len(good) / max(1, len(given)):.2%}",
+        f"{label}: p99 of refusals, goal ≤ 50 ms": f"{_ms(refused, 0.99)} (median {_ms(refused, 0.5)})",
+        f"{label}: growth of memory, goal ≤ 64 MB": f"{(most - before) / 2**20:.0f} MB",
+    }
+
+
+def statuses(answers: Sequence[Answer]) -> Counter[int]:
+    """How many of each."""
+    return Counter(answer.status for answer in answers)
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """The smallest value that so large a share does not exceed; NaN of none."""
+    return sorted(values)[math.ceil(share * len(values)) - 1] if values else math.nan
+
+
+def _ms(values: Sequence[float], share: float) -> str:
+    return f"{percentile(values, share) * 1e3:.0f} ms"
