@@ -2,7 +2,9 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist worksteal
+# Many tests wait for processes and connections: one worker more than there are cores keeps these busy.
+WORKERS := $(shell $(PYTHON) -c "import os; print(min(4, (os.cpu_count() or 1) + 1))")
+SIDE_BY_SIDE := -n $(WORKERS) --dist worksteal
 
 .PHONY: demo test test-all crash check clean
 .DEFAULT_GOAL := test
