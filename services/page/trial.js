@@ -37,6 +37,8 @@ export class Trial {
       // Everywhere: a browser would leave the page for a file that misses the field.
       window.addEventListener(kind, (event) => this.#drag(kind, event));
     }
+    // Chosen before this script had come.
+    this.#take(at("file").files);
   }
 
   /** Begins anew with a teacher. */
@@ -70,8 +72,10 @@ export class Trial {
   }
 
   #take(files) {
-    if (files.length === 0 || this.#plan === null || this.#plan.reason !== undefined) return;
+    if (files.length === 0 || this.#plan?.reason !== undefined) return;
     this.#file = files[0];
+    // Chosen before the card has come: `begin` asks about it.
+    if (this.#plan === null) return;
     this.#answers.clear();
     this.#preview(files.length);
     this.#ask();
