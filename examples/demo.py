@@ -69,7 +69,7 @@ def ask_endpoint() -> bool:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [str(BIN / "teacher-serve"), "examples/digits.yaml", "--port", str(port)]
+    command = [str(BIN / "teacher-serve"), "examples/digits.yaml", "--port", str(port), "--log-level", "warning"]
     print(f"\n$ teacher-serve {' '.join(command[1:])}", flush=True)
     server = subprocess.Popen(command)
     try:
