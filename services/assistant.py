@@ -42,7 +42,7 @@ class Between:
         """Whether the open batch is to go when the model is free."""
         if self.filling or not self.open.placed:
             return False
-        return not self.open.room or not (self.answered or self.delivering or self.fillable())
+        return not self.open.room or not (self.delivering or self.work())
 
 
 class Assistant:
@@ -56,10 +56,8 @@ class Assistant:
         """Until the model's thread has ended and all is delivered."""
         while True:
             with self._changed:
-                self._changed.wait_for(
-                    lambda: bool(self._between.answered) or self._between.fillable() or self._between.over
-                )
-                if not self._between.answered and not self._between.fillable():
+                self._changed.wait_for(lambda: self._between.work() or self._between.over)
+                if not self._between.work():
                     return
                 self._between.delivering = bool(self._between.answered)
                 found = self._between.answered.popleft() if self._between.answered else None
