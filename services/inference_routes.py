@@ -27,7 +27,7 @@ from services.inference_body import FILES, Inference, cut, parse_inference, tens
 from services.options import PredictOptions
 from services.predicting import desk_of, require_digest, wanted_of
 from services.problems import Problem, request_id
-from services.routes import service_of, teacher_of
+from services.routes import require_alive, require_ready, service_of, teacher_of
 from services.settings import Settings
 from services.state import Service
 from services.teachers import ServedTeacher
@@ -49,9 +49,7 @@ async def server_metadata() -> JSONResponse:
 @router.get("/v2/health/live")
 async def live(request: Request) -> JSONResponse:
     """As `livez`, but behind the key, as all routes are."""
-    if dead := service_of(request).dead():
-        hint = "Start it again; its log says why."
-        raise Problem(503, "server", "must be alive", f"{', '.join(dead)} has died", hint)
+    require_alive(service_of(request))
     return JSONResponse({"live": True})
 
 
@@ -59,7 +57,7 @@ async def live(request: Request) -> JSONResponse:
 async def ready(request: Request) -> JSONResponse:
     """As `readyz`."""
     await service_of(request).look_again()
-    _require_ready(service_of(request).not_ready())
+    require_ready(service_of(request).not_ready())
     return JSONResponse({"ready": True})
 
 
@@ -83,7 +81,7 @@ async def model_ready(name: str, request: Request) -> JSONResponse:
     served = teacher_of(request, service, name)
     reasons = ["draining"] if service.draining else []
     reasons += [] if service.batchers[served.name].warm else [f"{name} is not warm"]
-    _require_ready([*reasons, *([f"the cache of {name} cannot be read"] if name in service.unreadable else [])])
+    require_ready([*reasons, *([f"the cache of {name} cannot be read"] if name in service.unreadable else [])])
     return JSONResponse({"name": name, "ready": True})
 
 
@@ -156,8 +154,3 @@ def _upload(asked: Inference, behind: memoryview, served: ServedTeacher, setting
         return Upload(wire.as_views(images, served.view_shape), classes_NK=classes)
     except wire.WireError as error:
         raise Problem(422, error.field, error.rule, error.value, hint) from None
-
-
-def _require_ready(reasons: list[str]) -> None:
-    if reasons:
-        raise Problem(503, "server", "must be ready", "; ".join(reasons), "Try again.", {"Retry-After": "1"})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
@@ -20,10 +22,7 @@ router = APIRouter()
 @router.get("/livez")
 async def livez(request: Request) -> Probe:
     """The process answers, and so will its threads; else only a new one helps."""
-    dead = service_of(request).dead()
-    if dead:
-        hint = "Start it again; its log says why."
-        raise Problem(503, "server", "must be alive", f"{', '.join(dead)} has died", hint)
+    require_alive(service_of(request))
     return Probe(status="live")
 
 
@@ -32,9 +31,7 @@ async def readyz(request: Request) -> Probe:
     """Teachers are warm, queues under the mark, answers can be recorded, and the server is not on its way out."""
     service = service_of(request)
     await service.look_again()
-    reasons = service.not_ready()
-    if reasons:
-        raise Problem(503, "server", "must be ready", "; ".join(reasons), "Try again.", {"Retry-After": "1"})
+    require_ready(service.not_ready())
     return Probe(status="ready")
 
 
@@ -78,7 +75,21 @@ async def _card(service: Service, served: ServedTeacher, policy: Policy) -> Teac
     return served.card(service.settings, policy, dataset)
 
 
+def require_alive(service: Service) -> None:
+    """Raises a 503 `Problem` where a thread has died."""
+    if dead := service.dead():
+        hint = "Start it again; its log says why."
+        raise Problem(503, "server", "must be alive", f"{', '.join(dead)} has died", hint)
+
+
+def require_ready(reasons: Sequence[str]) -> None:
+    """Raises a 503 `Problem` with the reasons why no traffic should be sent here, where there are some."""
+    if reasons:
+        raise Problem(503, "server", "must be ready", "; ".join(reasons), "Try again.", {"Retry-After": "1"})
+
+
 def service_of(request: Request) -> Service:
+    """What the application serves."""
     service: Service = request.app.state.service
     return service
 
@@ -100,6 +111,7 @@ def _load(service: Service, served: ServedTeacher) -> TeacherLoad:
 
 
 def teacher_of(request: Request, service: Service, name: str) -> ServedTeacher:
+    """The teacher that a path names; raises 403 or 404 `Problem`."""
     # First: a key that may ask some teachers only learns nothing of others, not even whether they are there.
     require(service.books, visit_of(request), Asked(teacher=name))
     if name not in service.teachers:
