@@ -15,7 +15,7 @@ import httpx
 import pytest
 import torch
 from browsing import Visitor, needs_browser, open_browser, visiting
-from playwright.sync_api import Browser, expect
+from playwright.sync_api import Browser, Route, expect
 from toy_service_models import (
     CLASSES,
     ToyTeacher,
@@ -455,8 +455,14 @@ def test_a_key_that_ends_is_told_once_by_several_questions(browser: Browser, tmp
         expect(page.locator("#result")).to_be_visible()
         refused: list[str] = []
         page.on("response", lambda answer: refused.append(answer.url) if answer.status == 401 else None)
+        # The load is asked for each second, and would tell before the choice is made: it is held until then.
+        polls: list[Route] = []
+        with page.expect_request("**/v1/load"):
+            page.route("**/v1/load", lambda route: polls.append(route))
         keys.revoke(StateFolder(tmp_path), "alice")
         page.get_by_label("Teacher", exact=True).select_option("second")
+        for poll in polls:
+            poll.continue_()
         expect(page.locator("#door-trouble")).to_contain_text("401 Unauthorized")
         page.wait_for_timeout(300)
         assert len(refused) > 1

@@ -52,7 +52,7 @@ def root(request: pytest.FixtureRequest, tmp_path: Path) -> Root:
 @pytest.fixture
 def remote(server: S3Server, tmp_path: Path) -> RemoteRoot:
     """Straight to the store: connected before the environment names a proxy."""
-    straight = RemoteRoot(f"s3://bucket/{uuid.uuid4().hex}", tmp_path / "copies", tries=4, timeout=0.3)
+    straight = RemoteRoot(f"s3://bucket/{uuid.uuid4().hex}", tmp_path / "copies", tries=4, timeout=20.0)
     assert not straight.exists("nothing")
     return straight
 
@@ -237,6 +237,8 @@ def test_what_passes_is_survived(shaky: RemoteRoot, remote: RemoteRoot, between:
     """Every operation succeeds, answers rightly, and leaves the right state; `create` also where its own first
     attempt is in its way."""
     data = os.urandom(200_000)
+    if trouble.kind == "hang":
+        shaky = dataclasses.replace(shaky, timeout=0.3)
     steps = [
         lambda: shaky.write("a", data) or remote.read("a") == data,
         lambda: shaky.create("b", data) is True and remote.read("b") == data,
@@ -266,7 +268,8 @@ LASTING = {
 def test_what_lasts_is_said(shaky: RemoteRoot, remote: RemoteRoot, between: Proxy, kind: str) -> None:
     """A bounded number of attempts, an error that says what to do, and nothing half done."""
     remote.write("a", b"before")
-    shaky = dataclasses.replace(shaky, tries=2, timeout=0.15)
+    # A short time only where it is what is tested: a busy machine may take as long to answer.
+    shaky = dataclasses.replace(shaky, tries=2, timeout=0.15 if kind == "hang" else 20.0)
     steps = [
         lambda: shaky.write("a", b"after"),
         lambda: shaky.read("a"),
