@@ -32,6 +32,25 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
+class _Found:
+    """What the journal or the model says to some of the images of a question."""
+
+    question: Question
+    rows: Sequence[int]
+    """Of the question's images."""
+    fields: Fields
+    status: Status
+
+    def part(self, wanted: Wanted) -> Part:
+        """The answers to the items that these rows are of."""
+        there = set(self.rows)
+        pairs = [pair for pair in zip(self.question.places, self.question.rows, strict=True) if pair[1] in there]
+        index = torch.tensor([row for _, row in pairs])
+        tensors = transform({name: value[index] for name, value in self.fields.items()}, wanted)
+        return Part([place for place, _ in pairs], tensors, self.status)
+
+
+@dataclass(frozen=True, eq=False)
 class Desk:
     """Where one request's questions are answered."""
 
@@ -72,20 +91,19 @@ class Desk:
         if self.strict and plan.unanswered:
             raise _unanswered(plan.unanswered)
         kept = await together([self._look(question) for question in plan.questions])
-        left = [question for question, part in zip(plan.questions, kept, strict=True) if part is None]
+        left = [question for question, found in zip(plan.questions, kept, strict=True) if found is None]
         failed: dict[int, Status] = {}
-        computed: list[list[Part]] = []
+        computed: list[list[_Found]] = []
         if left and self.use != "only":
             # Nothing is refused for want of room that is there already.
             images = sum(len(question.images_BCHW) for question in left)
             self.batcher.require_room(self.caller, images, self.deadline)
             computed = await together([self._ask(question, failed) for question in left])
-        parts = [*plan.parts, *(part for part in kept if part is not None), *chain.from_iterable(computed)]
-        tensors, status = await asyncio.to_thread(assembled, plan, parts, failed)
-        without = {place: one for place, one in enumerate(status) if not one.answered}
-        if without and (self.strict or len(without) == len(status)):
-            raise _unanswered(without)
-        return Answer(tensors, status, plan.encodings)
+        there = [*(found for found in kept if found is not None), *chain.from_iterable(computed)]
+        answer = await asyncio.to_thread(self._assembled, plan, there, failed)
+        if answer.without and (self.strict or len(answer.without) == plan.items):
+            raise _unanswered(answer.without)
+        return answer
 
     def looked_up(self, plan: Plan) -> list[Status]:
         """What the cache and the journal have of each item; ABSENT where the model would be asked. Blocks."""
@@ -93,7 +111,7 @@ class Desk:
         for question in plan.questions if self.kept is not None else ():
             if len(self._found(question)) == len(self.wanted.fields):
                 kept.append(Part(question.places, {}, Status.KEPT))
-        return assembled(plan, [*plan.parts, *kept], {})[1]
+        return assembled(plan, [*plan.parts, *kept], {}).status
 
     def _found(self, question: Question) -> Fields:
         assert self.kept is not None, "there is a journal"
@@ -102,16 +120,16 @@ class Desk:
         except TeacherCacheError:
             raise _no_journal("must be readable", "it is not") from None
 
-    async def _look(self, question: Question) -> Part | None:
+    async def _look(self, question: Question) -> _Found | None:
         """What the journal has of a question; None where that is not all."""
         if self.kept is None or self.use not in ("prefer", "only"):
             return None
         fields = await asyncio.to_thread(self._found, question)
         if len(fields) < len(self.wanted.fields):
             return None
-        return await self._part(question, question.rows, fields, Status.KEPT)
+        return _Found(question, question.rows, fields, Status.KEPT)
 
-    async def _ask(self, question: Question, failed: dict[int, Status]) -> list[Part]:
+    async def _ask(self, question: Question, failed: dict[int, Status]) -> list[_Found]:
         try:
             fields = await self._compute(question.images_BCHW, question.identity)
         except TeacherFailed:
@@ -119,15 +137,15 @@ class Desk:
                 raise
             return await self._salvage(question, failed)
         await self._keep(question, fields)
-        return [await self._part(question, question.rows, fields, Status.COMPUTED)]
+        return [_Found(question, question.rows, fields, Status.COMPUTED)]
 
-    async def _salvage(self, question: Question, failed: dict[int, Status]) -> list[Part]:
+    async def _salvage(self, question: Question, failed: dict[int, Status]) -> list[_Found]:
         """The answers to the images that do not break the teacher; the other items are put down as failed."""
         found = await Salvage(partial(self._compute, identity=None), question).answers()
-        parts = [await self._part(question, rows, fields, Status.COMPUTED) for rows, fields in found]
-        there = {place for part in parts for place in part.places}
-        failed.update({place: Status.FAILED for place in question.places if place not in there})
-        return parts
+        there = {row for rows, _ in found for row in rows}
+        pairs = zip(question.places, question.rows, strict=True)
+        failed.update({place: Status.FAILED for place, row in pairs if row not in there})
+        return [_Found(question, rows, fields, Status.COMPUTED) for rows, fields in found]
 
     async def _keep(self, question: Question, fields: Fields) -> None:
         if self.kept is None or self.use not in ("prefer", "refresh"):
@@ -144,14 +162,8 @@ class Desk:
         self.spent.computing(asked.asked, asked.entered, asked.left)
         return found
 
-    async def _part(self, question: Question, rows: Sequence[int], fields: Fields, status: Status) -> Part:
-        wanted = set(rows)
-        pairs = [pair for pair in zip(question.places, question.rows, strict=True) if pair[1] in wanted]
-        index = torch.tensor([row for _, row in pairs])
-        return Part([place for place, _ in pairs], await asyncio.to_thread(self._transform, fields, index), status)
-
-    def _transform(self, fields: Fields, index: Tensor) -> dict[str, Tensor]:
-        return transform({name: value[index] for name, value in fields.items()}, self.wanted)
+    def _assembled(self, plan: Plan, there: Sequence[_Found], failed: Mapping[int, Status]) -> Answer:
+        return assembled(plan, [*plan.parts, *(found.part(self.wanted) for found in there)], failed)
 
 
 async def together(work: Sequence[Awaitable[T]]) -> list[T]:

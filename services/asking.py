@@ -68,7 +68,9 @@ async def ask_images(request: Request, service: Service, desk: Desk, upload: Upl
     sent_BCHW = upload.decoded_BCHW
     asked = Asked.predict(desk.served.name, wanted)
     digests = await admit(request, service.books, asked, len(sent_BCHW), partial(image_digests, sent_BCHW))
-    counted = [place for place in range(len(upload.views_BCHW)) if place not in upload.broken]
+    counted: Sequence[int] = range(len(upload.views_BCHW))
+    if upload.broken:
+        counted = [place for place in counted if place not in upload.broken]
     cached = desk.served.library is not None and desk.use in ("prefer", "only")
     plan = partial(plan_images, desk.served, upload.views_BCHW, wanted, cached=cached, broken=upload.broken)
     return Question(replace(desk, wanted=wanted), plan, upload.classes_NK, upload.resized, cached, counted, digests)
@@ -148,15 +150,19 @@ async def _answer(service: Service, question: Question, visit: Visit) -> Answer:
         plan = await asyncio.to_thread(question.plan)
     answer = await desk.answer(plan)
     _count(answer, question, service, visit)
-    # Only answers are paid for.
-    paid = [number for number, place in enumerate(question.counted) if answer.status[place].answered]
-    await service.books.reduce(
-        visit, len(paid), frozenset(question.digests[number] for number in paid if question.digests)
-    )
+    if answer.without:
+        # Only answers are paid for.
+        paid = await asyncio.to_thread(_paid, question, answer)
+        digests = frozenset(question.digests[number] for number in paid if question.digests)
+        await service.books.reduce(visit, len(paid), digests)
     if question.classes_NK is None:
         return answer
     tensors = await asyncio.to_thread(gathered, answer.tensors, question.classes_NK)
     return replace(answer, tensors=tensors)
+
+
+def _paid(question: Question, answer: Answer) -> list[int]:
+    return [number for number, place in enumerate(question.counted) if place not in answer.without]
 
 
 def _count(answer: Answer, question: Question, service: Service, visit: Visit) -> None:
@@ -165,7 +171,7 @@ def _count(answer: Answer, question: Question, service: Service, visit: Visit) -
     library = desk.served.library
     looked = service.kept is not None or (library is not None and library.views > 0)
     if looked and desk.use in ("prefer", "only"):
-        visit.cache_hits = sum(status in (Status.CACHED, Status.KEPT) for status in answer.status)
+        visit.cache_hits = answer.status.count(Status.CACHED) + answer.status.count(Status.KEPT)
         visit.cache_misses = len(answer.status) - visit.cache_hits
 
 

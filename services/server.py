@@ -16,6 +16,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from services.admin import Admin
+from services.pauses import short_pauses
 from services.state import Service
 from teacher_cache.errors import SpecError
 
@@ -57,7 +58,7 @@ def run(app: FastAPI, listener: socket.socket, admin: socket.socket | None) -> N
         admin: where its admin's endpoints are; on loopback.
     """
     config = _config(app, app.state.service)
-    with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
+    with short_pauses(), asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
         runner.run(_serve(Server(config, app.state.service), app, listener, admin))
 
 

@@ -88,17 +88,14 @@ class Answer:
     tensors: dict[str, Tensor]
     """One row for each; of those without an answer NaN, or 0 where integers are."""
     status: list[Status]
+    without: dict[int, Status]
+    """Of the items that have none."""
     encodings: dict[str, str]
     """How the cache keeps the fields of which something was read."""
 
 
-def assembled(
-    plan: Plan, parts: Sequence[Part], failed: Mapping[int, Status]
-) -> tuple[dict[str, Tensor], list[Status]]:
-    """The tensors of an answer, one row for each item, and what became of each.
-
-    Rows without an answer are NaN, or 0 where the tensor holds integers.
-    """
+def assembled(plan: Plan, parts: Sequence[Part], failed: Mapping[int, Status]) -> Answer:
+    """An answer from its parts, and why there are none to the other items. Slow where there are thousands."""
     status = [failed.get(place, plan.unanswered.get(place, Status.ABSENT)) for place in range(plan.items)]
     tensors: dict[str, Tensor] = {}
     for part in parts:
@@ -110,4 +107,5 @@ def assembled(
             tensors[name][index] = value
         for place in part.places:
             status[place] = part.status
-    return tensors, status
+    without = {place: one for place, one in enumerate(status) if not one.answered}
+    return Answer(tensors, status, without, plan.encodings)

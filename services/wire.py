@@ -56,8 +56,9 @@ def unpack_tensors(data: Buffer) -> dict[str, Tensor]:
         dtype = _DTYPES.get(part.dtype)
         if dtype is None:
             raise WireError(name[:80], f"must be one of {', '.join(_DTYPES)}", part.dtype)
-        # A copy: the tensor must be writable, and outlive the body; torch reads no buffer without a byte.
-        flat = torch.frombuffer(bytearray(part.data), dtype=dtype) if part.data else torch.empty(0, dtype=dtype)
+        # A copy, as the tensor must be writable and outlive the body; numpy's lets other threads run meanwhile.
+        copied = torch.from_numpy(np.array(np.frombuffer(part.data, np.uint8)))
+        flat = copied.view(dtype) if len(copied) else torch.empty(0, dtype=dtype)
         try:
             tensors[name] = flat.reshape(part.shape)
         except (RuntimeError, TypeError, OverflowError):

@@ -45,7 +45,7 @@ def test_rows_that_are_written_apart_are_the_document_of_the_schema(
     tensors = top_k(logits_BC, 3) if sorted_ else {"values": logits_BC}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(responding, "_AT_ONCE", at_once)
-        document = written(Answer(tensors, status, {}), "topk" if sorted_ else "logits")
+        document = written(Answer(tensors, status, {}, {}), "topk" if sorted_ else "logits")
     assert Predictions.model_validate_json(document).model_dump_json(exclude_none=True).encode() == document
     plain = json.loads(document)
     for name, value in tensors.items():
@@ -56,7 +56,7 @@ def test_rows_that_are_written_apart_are_the_document_of_the_schema(
 
 
 def test_where_nothing_is_answered_there_are_nulls() -> None:
-    plain = json.loads(written(Answer({}, [Status.FAILED, Status.BROKEN], {}), "logits"))
+    plain = json.loads(written(Answer({}, [Status.FAILED, Status.BROKEN], {}, {}), "logits"))
     assert plain["values"] == [None, None]
     assert plain["status"] == ["failed", "broken"]
 
@@ -70,6 +70,6 @@ def test_no_call_writes_more_than_a_few_numbers(monkeypatch: pytest.MonkeyPatch)
         return to_json(value, **options)
 
     monkeypatch.setattr(responding, "to_json", counted)
-    document = written(Answer({"values": torch.rand(200, 1000)}, [Status.COMPUTED] * 200, {}), "logits")
+    document = written(Answer({"values": torch.rand(200, 1000)}, [Status.COMPUTED] * 200, {}, {}), "logits")
     assert len(json.loads(document)["values"]) == 200
     assert 1000 <= max(sizes) <= responding._AT_ONCE

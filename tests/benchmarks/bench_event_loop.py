@@ -33,6 +33,7 @@ from torch import Tensor
 
 from services import keys
 from services.app import create_app
+from services.pauses import short_pauses
 from services.policy import Policy
 from services.settings import Settings
 from services.state_folder import StateFolder
@@ -99,7 +100,7 @@ def serve(folder: Path, told: Connection) -> None:
     served = ServedTeacher("toy", Projection(), SHAPE, SIZE, None, {"logits": (CLASSES,)}, {"logits": "none"})
     settings = Settings(state=folder, max_images=BODY // served.view_bytes, queue_images=10**6, queue_bytes=2**34)
     app = Heartbeat(create_app({"toy": served}, settings))
-    with socket.socket(proto=socket.IPPROTO_TCP) as listener:
+    with short_pauses(), socket.socket(proto=socket.IPPROTO_TCP) as listener:
         listener.bind(("127.0.0.1", 0))
         told.send((f"http://127.0.0.1:{listener.getsockname()[1]}", key))
         uvicorn.Server(uvicorn.Config(app, log_level="critical", ws="none")).run(sockets=[listener])

@@ -1,0 +1,28 @@
+"""What is set for a serving process, and that all is as before behind it."""
+
+from __future__ import annotations
+
+import gc
+import sys
+
+import pytest
+
+from services.pauses import SWITCH_SECONDS, short_pauses
+
+
+def test_threads_give_way_sooner_and_what_is_loaded_is_not_walked_over() -> None:
+    before, kept = sys.getswitchinterval(), [object() for _ in range(3)]
+    with short_pauses():
+        assert sys.getswitchinterval() == pytest.approx(SWITCH_SECONDS)
+        assert before > SWITCH_SECONDS
+        assert gc.get_freeze_count() > 10_000
+        assert not any(one is kept for one in gc.get_objects())
+    assert (sys.getswitchinterval(), gc.get_freeze_count()) == (before, 0)
+    assert any(one is kept for one in gc.get_objects())
+
+
+def test_all_is_as_before_where_the_server_fails() -> None:
+    before = sys.getswitchinterval()
+    with pytest.raises(OSError, match="no socket"), short_pauses():
+        raise OSError("no socket")
+    assert (sys.getswitchinterval(), gc.get_freeze_count()) == (before, 0)
