@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Unpack
 
 import httpx
 from torch import Tensor
@@ -15,7 +16,6 @@ from services.picture_files import ask_file, ask_files
 from services.prediction import (
     CARD,
     Prediction,
-    Wish,
     ask_images,
     ask_named,
     read_card,
@@ -23,8 +23,9 @@ from services.prediction import (
     read_prediction,
 )
 from services.retries import Patience, Retries
-from services.schemas import CacheUse, Dtype, Output, TeacherCard
+from services.schemas import TeacherCard
 from services.transport import Address, Asked, client_options
+from services.wish import Wish, Wishes
 
 __all__ = ["AsyncTeacherClient"]
 
@@ -83,21 +84,11 @@ class AsyncTeacherClient:
         self,
         images_BCHW: Tensor,
         *,
-        output: Output = "logits",
-        k: int | None = None,
-        temperature: float | None = None,
-        fields: Sequence[str] = ("logits",),
         classes_BK: Tensor | None = None,
-        dtype: Dtype | None = None,
-        lse: bool = False,
-        digest: str | None = None,
-        deadline_ms: int | None = None,
-        cache: CacheUse = "prefer",
-        strict: bool = True,
+        **wishes: Unpack[Wishes],
     ) -> Prediction:
         """Asks for a batch; arguments and errors are those of `TeacherClient.predict`."""
-        wish = Wish(output, k, temperature, fields, dtype, lse, digest, deadline_ms, cache=cache, strict=strict)
-        return await self._predict(ask_images(images_BCHW, wish, classes_BK))
+        return await self._predict(ask_images(images_BCHW, Wish(**wishes), classes_BK))
 
     async def predict_named(
         self,
@@ -105,20 +96,12 @@ class AsyncTeacherClient:
         views: int | Sequence[int] = 0,
         *,
         digests: Sequence[int] | None = None,
-        output: Output = "logits",
-        k: int | None = None,
-        temperature: float | None = None,
-        fields: Sequence[str] = ("logits",),
         classes: Sequence[Sequence[int]] | None = None,
-        dtype: Dtype | None = None,
-        lse: bool = False,
-        digest: str | None = None,
-        cache: CacheUse = "prefer",
-        strict: bool = True,
+        **wishes: Unpack[Wishes],
     ) -> Prediction:
         """Asks for samples of the service's data set; see `TeacherClient.predict_named`."""
-        wish = Wish(output, k, temperature, fields, dtype, lse, digest, cache=cache, strict=strict)
-        return await self._predict(ask_named(keys, views, wish, digests=digests, classes=classes))
+        asked = ask_named(keys, views, Wish(**wishes), digests=digests, classes=classes)
+        return await self._predict(asked)
 
     async def lookup(self, keys: Sequence[str], views: int | Sequence[int] = 0) -> tuple[str, ...]:
         """What the service has; see `TeacherClient.lookup`."""
@@ -127,55 +110,32 @@ class AsyncTeacherClient:
     async def predict_file(
         self,
         path: str | Path,
-        *,
-        output: Output = "logits",
-        k: int | None = None,
-        temperature: float | None = None,
-        fields: Sequence[str] = ("logits",),
-        dtype: Dtype | None = None,
-        lse: bool = False,
+        **wishes: Unpack[Wishes],
     ) -> Prediction:
         """Asks for one JPEG, PNG or WebP file; see `TeacherClient.predict_file`."""
-        wish = Wish(output, k, temperature, fields, dtype, lse)
-        return await self._predict(await asyncio.to_thread(ask_file, path, wish))
+        return await self._predict(await asyncio.to_thread(ask_file, path, Wish(**wishes)))
 
     async def predict_files(
         self,
         paths: Sequence[str | Path],
-        *,
-        output: Output = "logits",
-        k: int | None = None,
-        temperature: float | None = None,
-        fields: Sequence[str] = ("logits",),
-        dtype: Dtype | None = None,
-        lse: bool = False,
-        strict: bool = True,
+        **wishes: Unpack[Wishes],
     ) -> Prediction:
         """Asks for several such files in one request; see `TeacherClient.predict_files`."""
-        wish = Wish(output, k, temperature, fields, dtype, lse, strict=strict)
-        return await self._predict(await asyncio.to_thread(ask_files, paths, wish))
+        return await self._predict(await asyncio.to_thread(ask_files, paths, Wish(**wishes)))
 
     async def stream(
         self,
         batches: Iterable[Tensor] | AsyncIterable[Tensor],
         *,
         concurrency: int = 8,
-        output: Output = "logits",
-        k: int | None = None,
-        temperature: float | None = None,
-        fields: Sequence[str] = ("logits",),
-        digest: str | None = None,
+        **wishes: Unpack[Wishes],
     ) -> AsyncGenerator[Prediction, None]:
         """Asks for batch after batch, a few of them side by side, and gives the answers in the order of the batches.
 
         Args:
             batches: uint8 [B, C, H, W] each; taken as answers are, so an endless source is fine.
             concurrency: how many may be under way, or answered and not yet taken.
-            output: for this and all below see `TeacherClient.predict`.
-            k: as there.
-            temperature: as there.
-            fields: as there.
-            digest: as there.
+            wishes: as in `TeacherClient.predict`, for each batch.
 
         Raises:
             ValueError: `concurrency` is below 1.
@@ -183,7 +143,7 @@ class AsyncTeacherClient:
         """
         if concurrency < 1:
             raise ValueError(f"impossible: {concurrency=}")
-        wish = Wish(output, k, temperature, fields, digest=digest)
+        wish = Wish(**wishes)
         under_way: deque[asyncio.Task[Prediction]] = deque()
         try:
             async for batch in _each(batches):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 from torch import Tensor
 
@@ -13,7 +13,6 @@ from services.picture_files import ask_file, ask_files
 from services.prediction import (
     CARD,
     Prediction,
-    Wish,
     ask_images,
     ask_named,
     read_card,
@@ -21,8 +20,9 @@ from services.prediction import (
     read_prediction,
 )
 from services.retries import Patience
-from services.schemas import CacheUse, Dtype, Output, TeacherCard
+from services.schemas import TeacherCard
 from services.transport import Address, Asked, Connection
+from services.wish import Wish, Wishes
 from teacher_cache.spec import NormalizeSpec, TeacherSpec
 
 if TYPE_CHECKING:
@@ -87,41 +87,22 @@ class TeacherClient:
         self,
         images_BCHW: Tensor,
         *,
-        output: Output = "logits",
-        k: int | None = None,
-        temperature: float | None = None,
-        fields: Sequence[str] = ("logits",),
         classes_BK: Tensor | None = None,
-        dtype: Dtype | None = None,
-        lse: bool = False,
-        digest: str | None = None,
-        deadline_ms: int | None = None,
-        cache: CacheUse = "prefer",
-        strict: bool = True,
+        **wishes: Unpack[Wishes],
     ) -> Prediction:
         """Asks for a batch.
 
         Args:
             images_BCHW: uint8, exactly in the card's input shape; not yet normalised.
-            output: what is made of the logits.
-            k: how many classes of a `topk`.
-            temperature: of the softmax; not for raw logits.
-            fields: `logits` and features of the card.
             classes_BK: of a `gather`: class numbers, as many for each image.
-            dtype: what the service narrows floating tensors to, to the nearest value; float32 where None.
-            lse: whether the log-sum-exp of the raw logits comes, too; not for raw logits themselves.
-            digest: refuse to answer if the teacher is not this one.
-            deadline_ms: how long the answer is of use.
-            cache: what the service may do: `prefer` takes what its cache and its journal have, with the error of the
-                cache's encoding; `bypass` gives the teacher's own values.
-            strict: whether one image without an answer leaves the others without one; otherwise `status` tells.
+            wishes: `output`, `k`, `temperature`, `fields`, `dtype`, `lse`, `digest`, `deadline_ms`, `request_id`,
+                `cache` and `strict`, as `Wish` describes them.
 
         Raises:
             TeacherError: the images are not uint8 [B, C, H, W].
             ServiceError: the service refused or could not answer; field, rule and hint are its own.
         """
-        wish = Wish(output, k, temperature, fields, dtype, lse, digest, deadline_ms, cache=cache, strict=strict)
-        return self._predict(ask_images(images_BCHW, wish, classes_BK))
+        return self._predict(ask_images(images_BCHW, Wish(**wishes), classes_BK))
 
     def predict_named(
         self,
@@ -129,16 +110,8 @@ class TeacherClient:
         views: int | Sequence[int] = 0,
         *,
         digests: Sequence[int] | None = None,
-        output: Output = "logits",
-        k: int | None = None,
-        temperature: float | None = None,
-        fields: Sequence[str] = ("logits",),
         classes: Sequence[Sequence[int]] | None = None,
-        dtype: Dtype | None = None,
-        lse: bool = False,
-        digest: str | None = None,
-        cache: CacheUse = "prefer",
-        strict: bool = True,
+        **wishes: Unpack[Wishes],
     ) -> Prediction:
         """Asks for samples of the service's data set, and sends no image.
 
@@ -146,23 +119,15 @@ class TeacherClient:
             keys: as the data set names them.
             views: one number for all, or one for each key.
             digests: 64-bit pixel digests that the views must have, as a cache keeps them.
-            output: for this and all below see `predict`.
-            k: as there.
-            temperature: as there.
-            fields: as there.
             classes: of a `gather`: class numbers, as many for each key.
-            dtype: as there.
-            lse: as there.
-            digest: as there.
-            cache: as there; `only` computes nothing.
-            strict: as there.
+            wishes: as in `predict`.
 
         Raises:
             TeacherError: there is no key, or not one view or digest for each.
             ServiceError: the service refused or could not answer; field, rule and hint are its own.
         """
-        wish = Wish(output, k, temperature, fields, dtype, lse, digest, cache=cache, strict=strict)
-        return self._predict(ask_named(keys, views, wish, digests=digests, classes=classes))
+        asked = ask_named(keys, views, Wish(**wishes), digests=digests, classes=classes)
+        return self._predict(asked)
 
     def lookup(self, keys: Sequence[str], views: int | Sequence[int] = 0) -> tuple[str, ...]:
         """What the service has: for each key `cached`, `computable`, `unknown` or `broken`; raises as above."""
@@ -172,43 +137,29 @@ class TeacherClient:
     def predict_file(
         self,
         path: str | Path,
-        *,
-        output: Output = "logits",
-        k: int | None = None,
-        temperature: float | None = None,
-        fields: Sequence[str] = ("logits",),
-        dtype: Dtype | None = None,
-        lse: bool = False,
+        **wishes: Unpack[Wishes],
     ) -> Prediction:
-        """Asks for one JPEG, PNG or WebP file, which the service brings to the teacher's size.
+        """Asks for one JPEG, PNG or WebP file, which the service brings to the teacher's size; wishes as in `predict`.
 
         Raises:
             ServiceError: the service refused or could not answer.
             TeacherError: the file cannot be read, or its suffix is none of those.
         """
-        return self._predict(ask_file(path, Wish(output, k, temperature, fields, dtype, lse)))
+        return self._predict(ask_file(path, Wish(**wishes)))
 
     def predict_files(
         self,
         paths: Sequence[str | Path],
-        *,
-        output: Output = "logits",
-        k: int | None = None,
-        temperature: float | None = None,
-        fields: Sequence[str] = ("logits",),
-        dtype: Dtype | None = None,
-        lse: bool = False,
-        strict: bool = True,
+        **wishes: Unpack[Wishes],
     ) -> Prediction:
-        """Asks for several such files in one request; `resized` and `status` tell of each.
+        """Asks for several such files in one request; `resized` and `status` tell of each. Wishes as in `predict`.
 
         Raises:
             ServiceError: the service refused or could not answer; beyond the card's limits of images, bytes and
                 pixels share the files out (`picture_files.grouped`).
             TeacherError: there is no file, or one cannot be read, or its suffix is none of those.
         """
-        wish = Wish(output, k, temperature, fields, dtype, lse, strict=strict)
-        return self._predict(ask_files(paths, wish))
+        return self._predict(ask_files(paths, Wish(**wishes)))
 
     def _predict(self, asked: Asked) -> Prediction:
         return read_prediction(self.url, self._connection.send(asked, self._patience))

@@ -13,10 +13,11 @@ from torch import Tensor
 from services import wire
 from services.answer_table import Fields
 from services.journal import Journal, Ticket
-from services.prediction import Wish, ask_images, ask_named, read_prediction
+from services.prediction import ask_images, ask_named, read_prediction
 from services.replicas import Replica, Replicas
 from services.retries import Patience, Retries, perhaps_paid, status_of
 from services.transport import Asked
+from services.wish import Wish
 from teacher_cache.errors import ServiceError, TeacherCacheError
 from teacher_cache.teachers import ViewNames
 

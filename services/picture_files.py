@@ -9,9 +9,10 @@ import torch
 from PIL import Image
 
 from services import wire
-from services.prediction import SUFFIXES, Wish
+from services.prediction import SUFFIXES
 from services.schemas import LimitsCard
 from services.transport import Asked
+from services.wish import Wish
 from teacher_cache.errors import TeacherError
 
 _HEADER = 4096

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from services import naming, wire
 from services.naming import Named
-from services.schemas import CacheUse, Dtype, Lookup, Output, TeacherCard
+from services.schemas import Lookup, TeacherCard
 from services.status import Status
 from services.transport import Asked
+from services.wish import Wish
 from teacher_cache.errors import ServiceError, TeacherError
 
 SUFFIXES = {".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".png": "image/png", ".webp": "image/webp"}
@@ -42,59 +43,6 @@ class Prediction:
     """[B], log-sum-exp of the raw logits, where it was wished for."""
     resized: tuple[bool, ...] | None = None
     """Of files: whether each was brought to the teacher's size."""
-
-
-@dataclass(frozen=True)
-class Wish:
-    """What is to be made of the answer, and on which conditions."""
-
-    output: Output = "logits"
-    """What is made of the logits."""
-    k: int | None = None
-    """How many classes of a `topk`."""
-    temperature: float | None = None
-    """Of the softmax; not for raw logits."""
-    fields: Sequence[str] = ("logits",)
-    """`logits` and features of the card."""
-    dtype: Dtype | None = None
-    """Of the floating tensors."""
-    lse: bool = False
-    """Whether the log-sum-exp of the raw logits comes, too."""
-    digest: str | None = None
-    """Refuse to answer if the teacher is not this one."""
-    deadline_ms: int | None = None
-    """How long the answer is of use."""
-    request_id: str | None = None
-    """Names the question in the service's log, however often it is tried."""
-    cache: CacheUse = "prefer"
-    """Whether the service's cache and journal may answer."""
-    strict: bool = True
-    """Refuse everything where one item has no answer."""
-
-    def ask(self, body: bytes, media_type: str, path: str = "/predict") -> Asked:
-        """The request that carries a body."""
-        options = {
-            "output": self.output,
-            "k": self.k,
-            "temperature": self.temperature,
-            "fields": ",".join(self.fields),
-            "dtype": self.dtype,
-            # Not where it is off: an older service does not know it.
-            "lse": self.lse or None,
-            # A lookup answers nothing.
-            "cache": self.cache if path == "/predict" else None,
-            "strict": self.strict if path == "/predict" else None,
-        }
-        headers = {
-            "Accept": wire.MEDIA_TYPE,
-            "Content-Type": media_type,
-            "If-Match": None if self.digest is None else f'"{self.digest}"',
-            "X-Deadline-Ms": None if self.deadline_ms is None else str(self.deadline_ms),
-            "X-Request-Id": self.request_id,
-        }
-        given = {name: value for name, value in headers.items() if value is not None}
-        chosen = {name: value for name, value in options.items() if value is not None}
-        return Asked("POST", path, body, given, chosen)
 
 
 def ask_images(images_BCHW: Tensor, wish: Wish, classes_BK: Tensor | None = None) -> Asked:

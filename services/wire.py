@@ -95,24 +95,16 @@ def pack_images(images_BCHW: Tensor, classes_BK: Tensor | None = None) -> bytes:
     return pack_tensors(images if classes_BK is None else {**images, "classes": classes_BK.long()})
 
 
-def unpack_images(data: Buffer, view_shape: tuple[int, int, int]) -> Tensor:
-    """A body with `images` U8 [N, H, W, C], and nothing else, to uint8 [N, C, H, W].
+def as_views(images_NHWC: Tensor, view_shape: tuple[int, int, int]) -> Tensor:
+    """What a body calls `images`, uint8 [N, H, W, C], to uint8 [N, C, H, W].
 
     Args:
-        data: the body.
+        images_NHWC: as they came.
         view_shape: (C, H, W), which each image must have.
 
     Raises:
-        WireError: it is malformed, of another type or shape, or holds no image.
+        WireError: they are of another type or shape, or there is none.
     """
-    tensors = unpack_tensors(data)
-    if list(tensors) != ["images"]:
-        raise WireError("body", "must hold one tensor, `images`", sorted(name[:20] for name in tensors)[:4])
-    return as_views(tensors["images"], view_shape)
-
-
-def as_views(images_NHWC: Tensor, view_shape: tuple[int, int, int]) -> Tensor:
-    """What a body calls `images`, uint8 [N, H, W, C], to uint8 [N, C, H, W]; raises as `unpack_images` does."""
     channels, height, width = view_shape
     if images_NHWC.dtype != torch.uint8:
         raise WireError("images", "must be U8", str(images_NHWC.dtype).removeprefix("torch."))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
@@ -16,8 +17,9 @@ from toy_service_models import ToyTeacher, open_gate, picture, running, toy_logi
 
 from services.app import create_app
 from services.async_client import AsyncTeacherClient
-from services.client import TeacherClient
+from services.client import Prediction, TeacherClient
 from services.settings import Settings
+from services.wish import Wish, Wishes
 from teacher_cache.errors import ServiceError, TeacherCacheError, TeacherError
 
 
@@ -98,6 +100,28 @@ def test_a_stream_is_in_order_and_bounded(toy: tuple[str, Faulty], concurrency: 
     assert all(torch.equal(answer, toy_logits(batch)) for answer, batch in zip(found, batches, strict=True))
     assert faulty.most_at_once == concurrency
     assert all(number < concurrency for number in ahead), "an endless source is not read ahead"
+
+
+def test_a_stream_takes_every_wish(toy: tuple[str, Faulty]) -> None:
+    url, _ = toy
+    wishes: Wishes = {"output": "topk", "k": 2, "temperature": 4.0, "dtype": "f16", "lse": True, "cache": "bypass"}
+
+    async def ask(client: AsyncTeacherClient) -> list[Prediction]:
+        return [answer async for answer in client.stream([views(2), views(1)], **wishes)]
+
+    with TeacherClient(url) as client:
+        for found, count in zip(asked(url, ask), (2, 1), strict=True):
+            expected = client.predict(views(count), **wishes)
+            assert found.values.dtype == torch.float16
+            assert torch.equal(found.values, expected.values)
+            assert torch.equal(found.lse, expected.lse)
+
+
+def test_the_wishes_are_those_of_a_wish() -> None:
+    """So that a type checker and the clients know the same keywords; another one is refused by name."""
+    assert list(Wishes.__annotations__) == [field.name for field in dataclasses.fields(Wish)]
+    with TeacherClient("http://127.0.0.1:9/toy") as client, pytest.raises(TypeError, match="temprature"):
+        client.predict(views(1), temprature=2.0)  # type: ignore[call-arg]
 
 
 def test_a_stream_ends_with_its_first_error_and_cancels_the_rest(toy: tuple[str, Faulty]) -> None:

@@ -14,7 +14,16 @@ from hypothesis.extra import numpy as hnp
 from safetensors.numpy import save
 from toy_service_models import SHAPE, views
 
-from services.wire import WireError, pack_images, pack_tensors, unpack_images, unpack_metadata, unpack_tensors
+from services.wire import WireError, as_views, pack_images, pack_tensors, unpack_metadata, unpack_tensors
+
+
+def unpack_images(data: bytes, view_shape: tuple[int, int, int]) -> torch.Tensor:
+    """As `upload` takes them."""
+    tensors = unpack_tensors(data)
+    if tensors.keys() != {"images"}:
+        raise WireError("body", "must hold `images`", "others")
+    return as_views(tensors["images"], view_shape)
+
 
 ARRAYS = st.sampled_from([np.uint8, np.int32, np.int64, np.float32, np.float16]).flatmap(
     lambda dtype: hnp.arrays(dtype, hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=5))
