@@ -83,6 +83,8 @@ async def lookup(name: str, request: Request, options: Annotated[FormOptions, Qu
 
 async def _read(request: Request, service: Service, desk: Desk, media_type: str) -> Question:
     spent = visit_of(request).spent
+    # Before the body is in memory, and once more before it is decoded: a slow one may find the room gone.
+    desk.require_room()
     with spent.on("body"):
         data = await read_body(request, service.settings)
     desk.require_room()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import io
 import json
 import math
@@ -514,12 +516,28 @@ def test_a_full_queue_refuses_and_readyz_says_so() -> None:
         refused = client.post(PREDICT, content=IMAGES, headers=TENSORS)
         require_problem(refused, 503, "queue")
         assert int(refused.headers["retry-after"]) >= 1
+        require_refused_before_its_body(client)
         # The event loop is free while the model is not.
         assert client.get("/livez").elapsed.total_seconds() < 1
         teacher.gate.set()
         [thread.join() for thread in threads]
         assert [answer.status_code for answer in answers] == [200, 200]
         assert client.get("/readyz").status_code == 200
+
+
+def require_refused_before_its_body(client: httpx.Client) -> None:
+    """What will be refused need not be read; the connection goes on behind it."""
+    with contextlib.closing(http.client.HTTPConnection(client.base_url.host, client.base_url.port, timeout=10)) as link:
+        link.putrequest("POST", PREDICT)
+        for name, value in {**TENSORS, "Content-Length": str(len(IMAGES))}.items():
+            link.putheader(name, value)
+        link.endheaders()
+        answer = link.getresponse()
+        assert answer.status == 503
+        assert json.loads(answer.read())["field"] == "queue"
+        link.sock.sendall(IMAGES)
+        link.request("GET", "/livez")
+        assert link.getresponse().status == 200
 
 
 def test_a_deadline_that_passes_is_504_and_its_work_is_dropped() -> None:
