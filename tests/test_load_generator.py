@@ -12,7 +12,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 
-from load_generator import STAMP, Answer, Closed, Open, Question, drive
+from load_generator import Answer, Closed, Open, drive
+from load_requests import STAMP, Question
 from overload import percentile
 from service_cases import pace
 

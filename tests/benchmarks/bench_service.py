@@ -25,7 +25,8 @@ from pathlib import Path
 import torch
 from bench_views import Rows, ratio, show
 from contenders import Ours, bare_loop, serve_ours
-from load_generator import Closed, LoadGenerator, Question
+from load_generator import Closed, LoadGenerator
+from load_requests import Question
 from other_servers import OTHERS, serve_other, versions
 from overload import latency, overload
 from service_cases import CASES, Case, Rate, asked, in_turns, pace

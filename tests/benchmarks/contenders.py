@@ -19,7 +19,7 @@ from typing import Any
 
 import httpx
 import torch
-from load_generator import Question
+from load_requests import Question
 from torch import Tensor
 
 from services.wire import MEDIA_TYPE, pack_images

@@ -12,7 +12,7 @@ from importlib.metadata import distributions
 from pathlib import Path
 
 from contenders import ROOT, running, until_answered
-from load_generator import Question
+from load_requests import Question
 from torch import Tensor
 
 OTHERS = ("litserve", "mosec")

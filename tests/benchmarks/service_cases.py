@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import yaml
-from load_generator import Answer, Closed, LoadGenerator, Question
+from load_generator import Answer, Closed, LoadGenerator
+from load_requests import Question
 from torch import Tensor, nn
 from torchvision import models
 
