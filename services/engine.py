@@ -11,13 +11,13 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 
 from services.assistant import Assistant, Between
 from services.backlog import Backlog
-from services.batch import Batch, Placed
+from services.batch import Batch
 from services.forward import answers, forward
 from services.load import Load
 from services.request_log import log_failure
@@ -66,12 +66,14 @@ class Engine:
 
     def stop(self) -> None:
         """Lets the batch in the model end, cancels what waits, and joins the threads."""
-        self._cancel(self._between.open.placed)
+        self._cancel()
         self._model.join()
         self._assistant.join()
 
-    def _cancel(self, placed: Sequence[Placed]) -> None:
+    def _cancel(self, *inside: Batch) -> None:
         with self._changed:
+            # Looked at under the lock: the assistant may be moving a piece from its line to the open batch.
+            placed = [one for batch in (self._between.open, *inside) for one in batch.placed]
             left = self._backlog.close() | {one.request for one in placed}
             self._changed.notify_all()
         for waiter in [waiter for request in left for waiter in request.waiters]:
@@ -103,7 +105,7 @@ class Engine:
             log_failure(f"the thread of teacher {self._served.name} has died", error)
         finally:
             # Nobody waits for what will not come.
-            self._cancel([*self._between.open.placed, *self._inside.placed])
+            self._cancel(self._inside)
             with self._changed:
                 self._between.over = True
                 self._changed.notify_all()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import CancelledError
@@ -16,6 +17,7 @@ from toy_service_models import POISON, ToyTeacher, open_gate, running, toy_serve
 from services import keys, scribe
 from services.app import create_app
 from services.audit import Audit
+from services.backlog import Backlog
 from services.batching import Batcher
 from services.policy import Policy
 from services.settings import Settings
@@ -30,10 +32,15 @@ TENSORS = {"Content-Type": "application/safetensors"}
 class Deadly(ToyTeacher):
     """A poison ends its thread, as a model that calls sys.exit() would."""
 
+    dying: threading.Event | None = None
+    """What it waits for before it ends."""
+
     def __call__(self, views_BCHW: Tensor) -> dict[str, Tensor]:
         try:
             return super().__call__(views_BCHW)
         except ArithmeticError:
+            if self.dying is not None:
+                assert self.dying.wait(20)
             raise SystemExit(3) from None
 
 
@@ -59,6 +66,33 @@ def test_a_dead_thread_leaves_nobody_waiting() -> None:
     wait_until(lambda: batcher.dead)
     with pytest.raises(CancelledError):
         batcher.submit(views(1), ("logits",), "someone").result(20)
+    batcher.stop()
+
+
+def test_nobody_is_forgotten_who_asks_while_the_thread_dies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever is on the way from a line to the open batch at that moment is told, too."""
+    moving, found = threading.Event(), Backlog.take
+
+    def slow(backlog: Backlog, room: int) -> Any:
+        piece = found(backlog, room)
+        if piece is not None and teacher.gate.is_set():
+            # The lock is held: whoever wants it now waits until this piece has its place.
+            moving.set()
+            time.sleep(0.2)
+        return piece
+
+    teacher = Deadly()
+    batcher = Batcher(toy_served(teacher), 100, 60.0)
+    batcher.start()
+    inside = batcher.submit(poisonous(), ("logits",), "someone")
+    assert teacher.entered.acquire(timeout=20)
+    monkeypatch.setattr(Backlog, "take", slow)
+    monkeypatch.setattr(teacher, "dying", moving)
+    teacher.gate.set()
+    late = batcher.submit(views(3), ("logits",), "someone")
+    for answer in (inside, late):
+        with pytest.raises(CancelledError):
+            answer.result(20)
     batcher.stop()
 
 
