@@ -5,6 +5,8 @@ BIN    := $(VENV)/bin
 # Many tests wait for processes and connections: one worker more than there are cores keeps these busy.
 WORKERS := $(shell $(PYTHON) -c "import os; print(min(4, (os.cpu_count() or 1) + 1))")
 SIDE_BY_SIDE := -n $(WORKERS) --dist worksteal
+# The tests start hundreds of processes: without bytecode each of them compiles all modules anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test test-all crash check clean
 .DEFAULT_GOAL := test
