@@ -17,6 +17,7 @@ from student_train.stream import proven_views, require_names, require_seed, requ
 from student_train.view_order import ViewOrder
 from teacher_cache import Cache
 from teacher_cache.errors import SpecError
+from teacher_cache.views import pixels
 
 
 class ViewDataset(Dataset[Batch]):
@@ -57,6 +58,7 @@ class ViewDataset(Dataset[Batch]):
         require_seed(seed)
         require_view_order(self.data, view_order)
         check = proven_views(self.data, check_views)
+        pixels.load()
         self._steps = Steps(self.data, names, 1, 1, False, seed, check, view_order, Share())
         # In shared memory: what is set here reaches workers that were started before.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]

@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import torchvision
 
 from teacher_cache.addition import FORMAT_VERSION, Addition, TableRef
 from teacher_cache.errors import CacheError, CacheNotFoundError, CorruptionError, FormatError, SpecError
@@ -145,6 +144,9 @@ class Manifest(Strict):
 
 def library_versions() -> dict[str, str]:
     """The libraries that views and answers may depend on."""
+    # Here, and not above: it takes as long to load as torch, and only builds and disagreements ask.
+    import torchvision
+
     return {"torch": torch.__version__, "torchvision": torchvision.__version__, "numpy": np.__version__}
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -131,3 +133,14 @@ def test_what_is_no_row_number_is_refused(built: Path) -> None:
     assert data[np.int64(3)].rows_B.tolist() == data[torch.tensor(3)].rows_B.tolist() == [3]
     with pytest.raises(SpecError, match="whole batch"):
         ViewDataset.collate([data[0], data[1]])
+
+
+@ZARR
+def test_what_forked_workers_draw_with_is_loaded_before_them(built: Path) -> None:
+    program = (
+        "import sys, teacher_cache as tc, student_train as st\n"
+        f"cache = tc.open({str(built)!r})\n"
+        "print('torchvision' in sys.modules, st.ViewDataset(cache) and 'torchvision' in sys.modules)"
+    )
+    answer = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    assert answer.stdout.split() == ["False", "True"]

@@ -13,7 +13,6 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-import torchvision
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -56,6 +55,8 @@ class SeededGlobal:
 
     def describe(self) -> dict[str, str]:
         """What is known of the callable: its name and the versions that its pixels depend on."""
+        import torchvision
+
         versions = {"torch": torch.__version__, "torchvision": torchvision.__version__}
         return {
             "callable": self.reference,

@@ -10,9 +10,8 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2 import functional as pixels
 
+from teacher_cache.views import pixels
 from teacher_cache.views.operations.base import Operation, Params, Sizes, is_number, is_whole, require, require_channels
 from teacher_cache.views.philox import Words, below, chance, fixed_point, number
 
@@ -165,7 +164,7 @@ def _apply(image_CHW: Tensor, params: tuple[int, ...], interpolation: str, fill:
     one_each = not isinstance(fill, tuple) or len(fill) == channels
     require(one_each, "fill", f"must have one number for each of the image's {channels} channels", fill)
     levels = [float(level) for level in fill] if isinstance(fill, tuple) else fill
-    how = {"interpolation": InterpolationMode(interpolation), "fill": levels}
+    how = {"interpolation": pixels.InterpolationMode(interpolation), "fill": levels}
     for step, magnitude in zip(params[::2], params[1::2], strict=True):
         image_CHW = _STEPS[STEPS[step]](image_CHW, number(magnitude), how)
     return image_CHW

@@ -9,8 +9,8 @@ from typing import ClassVar
 
 import numpy as np
 from torch import Tensor
-from torchvision.transforms.v2 import functional as pixels
 
+from teacher_cache.views import pixels
 from teacher_cache.views.operations.base import Operation, Params, Sizes, is_number, require, require_channels
 from teacher_cache.views.philox import Words, below, fixed_point, number, unit
 
@@ -21,11 +21,12 @@ _LARGEST = 32767.0
 _NEUTRAL = (1.0, 1.0, 1.0, 0.0)
 _ORDERS = tuple(itertools.permutations(range(4)))
 _ADJUST: tuple[Callable[[Tensor, float], Tensor], ...] = (
-    pixels.adjust_brightness,
-    pixels.adjust_contrast,
-    pixels.adjust_saturation,
-    pixels.adjust_hue,
+    lambda image_CHW, factor: pixels.adjust_brightness(image_CHW, factor),
+    lambda image_CHW, factor: pixels.adjust_contrast(image_CHW, factor),
+    lambda image_CHW, factor: pixels.adjust_saturation(image_CHW, factor),
+    lambda image_CHW, factor: pixels.adjust_hue(image_CHW, factor),
 )
+"""In calls of their own, so that torchvision is not loaded for their names."""
 
 
 @dataclass(frozen=True)

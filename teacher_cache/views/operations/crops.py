@@ -9,9 +9,8 @@ import numpy as np
 import torch
 from numpy.lib.stride_tricks import sliding_window_view
 from torch import Tensor
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2 import functional as pixels
 
+from teacher_cache.views import pixels
 from teacher_cache.views.operations.base import (
     Operation,
     Params,
@@ -51,7 +50,7 @@ class Resize(Operation):
 
     def apply(self, image_CHW: Tensor, params: tuple[int, ...]) -> Tensor:
         size = [self.size] if isinstance(self.size, int) else list(self.size)
-        mode = InterpolationMode(self.interpolation)
+        mode = pixels.InterpolationMode(self.interpolation)
         resized: Tensor = pixels.resize(image_CHW, size, interpolation=mode, antialias=self.antialias)
         return resized
 

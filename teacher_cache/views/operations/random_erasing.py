@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torchvision.transforms.v2 import functional as pixels
 
+from teacher_cache.views import pixels
 from teacher_cache.views.operations.base import (
     Operation,
     Params,

@@ -8,9 +8,8 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2 import functional as pixels
 
+from teacher_cache.views import pixels
 from teacher_cache.views.operations.base import (
     Operation,
     Params,
@@ -107,7 +106,7 @@ class RandomResizedCrop(Operation):
         if self.kernel == "integer":
             box = image_CHW[None, :, top : top + height, left : left + width]
             return crop_resize(box, np.array([[0, 0, height, width]], np.int32), size)[0]
-        mode = InterpolationMode(self.interpolation)
+        mode = pixels.InterpolationMode(self.interpolation)
         cropped: Tensor = pixels.resized_crop(
             image_CHW, top, left, height, width, list(size), interpolation=mode, antialias=self.antialias
         )
