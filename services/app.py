@@ -25,6 +25,7 @@ from services.request_log import log_failure, log_visit
 from services.settings import Settings
 from services.state import make_service
 from services.teachers import ServedTeacher
+from services.turnstile import Turnstile
 from services.visit import Visit
 
 _log = logging.getLogger("services")
@@ -62,7 +63,7 @@ def create_app(teachers: Mapping[str, ServedTeacher], settings: Settings, books:
     install(app)
     describe(app, settings)
     app.state.metrics = Metrics(service)
-    app.add_middleware(Gate, books=service.books, metrics=app.state.metrics)
+    app.add_middleware(Gate, books=service.books, metrics=app.state.metrics, turnstile=Turnstile(service))
     return app
 
 
@@ -73,8 +74,8 @@ class Gate:
     caught into a problem that tells nothing, and has the books written before an answer leaves.
     """
 
-    def __init__(self, app: ASGIApp, books: Books, metrics: Metrics) -> None:
-        self._app, self._books, self._metrics = app, books, metrics
+    def __init__(self, app: ASGIApp, books: Books, metrics: Metrics, turnstile: Turnstile) -> None:
+        self._app, self._books, self._metrics, self._turnstile = app, books, metrics, turnstile
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
@@ -120,6 +121,7 @@ class Gate:
         authorization = headers.get("authorization", "").encode("latin-1")
         visit.caller = await self._books.doorkeeper.identify(scope["path"], authorization, headers.get("host", ""))
         require(self._books, visit, Asked())
+        self._turnstile.require_room(scope["method"], scope["path"], headers, visit)
         await self._app(scope, door.receive, door.send)
 
 
@@ -130,8 +132,8 @@ class _Door:
         self._books, self.visit, self._scope, self._receive, self._send = books, visit, scope, receive, send
 
     def note_route(self) -> None:
-        """The template that the router has found for this path; None where there is none."""
-        self.visit.route = getattr(self._scope.get("route"), "path", None)
+        """The template that the router has found for this path, where there is one and it was asked."""
+        self.visit.route = getattr(self._scope.get("route"), "path", self.visit.route)
 
     async def receive(self) -> Message:
         """ASGI's `receive`, counted."""

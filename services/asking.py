@@ -26,7 +26,7 @@ from services.options import Wanted
 from services.planning import plan_images
 from services.planning_named import plan_named
 from services.policy import Asked
-from services.problems import Problem
+from services.problems import Problem, no_room
 from services.state import Service
 from services.status import Answer, Plan, Status
 from services.upload import Upload
@@ -123,8 +123,7 @@ async def answered(
             answer = await _while_there(request, partial(_answer, service, question, visit_of(request)))
             return question, answer
     except QueueFull as full:
-        headers = {"Retry-After": str(full.retry_after)}
-        raise Problem(503, "queue", "must have room", "full", "Try again later.", headers) from None
+        raise no_room(full.retry_after) from None
     except TeacherFailed:
         hint = "The images of other requests are not affected. Report the request_id."
         raise Problem(500, "teacher", "must answer these images", "it failed on them", hint) from None

@@ -58,7 +58,11 @@ def deadline_of(request: Request, arrived: float) -> float:
     Raises:
         Problem: 400, the header is not a number of milliseconds.
     """
-    header = request.headers.get("x-deadline-ms")
+    return deadline_in(request.headers.get("x-deadline-ms"), arrived)
+
+
+def deadline_in(header: str | None, arrived: float) -> float:
+    """The same, of the header alone."""
     if header is None:
         return math.inf
     if not re.fullmatch(MILLISECONDS, header):

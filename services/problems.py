@@ -89,6 +89,12 @@ def internal() -> Problem:
     return Problem(500, "server", "could not answer", "an internal error", hint)
 
 
+def no_room(retry_after: int) -> Problem:
+    """Too much waits for the model; there may be room after so many seconds."""
+    headers = {"Retry-After": str(retry_after)}
+    return Problem(503, "queue", "must have room", "full", "Try again later.", headers)
+
+
 def unrecorded() -> Problem:
     """The books could not be written, so nothing is answered; what is wrong with the disk is in the server's log."""
     hint = "Whoever runs this server has to see to its disk."

@@ -1,0 +1,89 @@
+"""A question for which there is no room is turned away before it is parsed, and as whoever parses it would."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from toy_service_models import ToyTeacher, running, toy_served, views, wait_until
+
+from services import keys
+from services.app import create_app
+from services.policy import Policy
+from services.settings import Settings
+from services.state_folder import StateFolder
+from services.turnstile import ROUTE
+from services.wire import pack_images
+
+PREDICT = "/v1/teachers/toy/predict"
+TENSORS = {"Content-Type": "application/safetensors"}
+
+
+@contextmanager
+def full(tmp_path: Path, **given: Any) -> Iterator[tuple[httpx.Client, dict[str, str], Any]]:
+    """A service whose queue is full, a header for each of two keys, and the app."""
+    folder = StateFolder(tmp_path / "state")
+    policies = {"all": Policy(), "other": Policy(teachers=("other",))}
+    headers = {name: f"Bearer {keys.add(folder, name, policy)}" for name, policy in policies.items()}
+    teacher = ToyTeacher()
+    settings = Settings(state=tmp_path / "state", max_images=8, queue_images=8, **given)
+    app = create_app({"toy": toy_served(teacher)}, settings)
+    with running(app) as base, httpx.Client(base_url=base, timeout=30) as client:
+        waiting = [threading.Thread(target=ask, args=(client, headers["all"], seed)) for seed in range(2)]
+        waiting[0].start()
+        assert teacher.entered.acquire(timeout=20)
+        waiting[1].start()
+        wait_until(lambda: client.get("/readyz").status_code == 503)
+        try:
+            yield client, headers, app
+        finally:
+            teacher.gate.set()
+            [thread.join() for thread in waiting]
+
+
+def ask(client: httpx.Client, key: str, seed: int = 0, **headers: str) -> httpx.Response:
+    content = pack_images(views(8, seed))
+    return client.post(PREDICT, content=content, headers={**TENSORS, "Authorization": key, **headers})
+
+
+def test_it_is_refused_unparsed_and_counted_as_that_question(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def parsed(*_given: object) -> None:
+        raise AssertionError("it was parsed")
+
+    with full(tmp_path) as (client, headers, app):
+        monkeypatch.setattr("services.predicting.media_type_of", parsed)
+        answer = ask(client, headers["all"])
+        assert (answer.status_code, answer.json()["field"]) == (503, "queue")
+        assert int(answer.headers["retry-after"]) >= 1
+        assert answer.headers["content-type"] == "application/problem+json"
+        text = app.state.metrics.text("")[0].decode()
+        labels = f'method="POST",route="{ROUTE}",status="503",teacher="toy"'
+        assert f"teacher_serve_requests_total{{{labels}}} 1.0" in text
+    lines = (tmp_path / "state" / "audit.jsonl").read_text().splitlines()
+    assert sum(f'"{ROUTE}"' in line and '"refused"' in line for line in lines) == 1
+
+
+def test_who_may_not_ask_this_teacher_learns_nothing_of_its_queue(tmp_path: Path) -> None:
+    with full(tmp_path) as (client, headers, _):
+        assert ask(client, headers["other"]).status_code == 403
+        assert client.post(PREDICT, content=b"").status_code == 401
+        late = ask(client, headers["all"], **{"X-Deadline-Ms": "soon"})
+        assert (late.status_code, late.json()["field"]) == (400, "X-Deadline-Ms")
+
+
+def test_other_questions_pass(tmp_path: Path) -> None:
+    with full(tmp_path) as (client, headers, _):
+        asked = {"Authorization": headers["all"]}
+        assert client.get("/v1/teachers/toy", headers=asked).status_code == 200
+        assert client.get(PREDICT, headers=asked).status_code == 405
+
+
+def test_a_journal_may_have_the_answer(tmp_path: Path) -> None:
+    with full(tmp_path, journal=tmp_path / "journal") as (client, headers, _):
+        cards = {"Authorization": headers["all"], "Content-Type": "nonsense"}
+        assert client.post(PREDICT, content=b"", headers=cards).status_code == 415
