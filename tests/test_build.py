@@ -185,8 +185,11 @@ class TestResume:
         assert tree(tmp_path / "killed") == tree(tmp_path / "whole")
 
     @STORES
-    def test_every_crash_point(self, store: str, arrays: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Dies before each single change of the file system in turn, then goes on: always the same tree."""
+    @pytest.mark.parametrize("step", [3, pytest.param(1, marks=pytest.mark.slow)])
+    def test_every_crash_point(
+        self, step: int, store: str, arrays: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Dies before a change of the file system, each third one in turn (slow: each), and goes on: the same tree."""
         changes: dict[str, Any] = {
             "source": {**numpy_source(arrays), "take": {"count": 9}},
             "views__count": 1,
@@ -207,7 +210,7 @@ class TestResume:
                     assert crash.dead
             serial(spec)
             assert tree(Path(spec.cache)) == expected, f"crash point {point}, before {crash.log[-1]}"
-            point += 1
+            point += step
         assert point > 20
 
     def test_ctrl_c_between_shards(self, arrays: Path, tmp_path: Path) -> None:

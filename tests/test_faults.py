@@ -171,13 +171,13 @@ class TestEveryOperation:
     @pytest.mark.parametrize(
         ("code", "times", "reads", "step"),
         [
-            (errno.ENOSPC, math.inf, False, 4),
+            (errno.ENOSPC, math.inf, False, 6),
             pytest.param(errno.ENOSPC, math.inf, False, 1, marks=pytest.mark.slow),
-            (errno.EDQUOT, 1, False, 5),
-            (errno.EROFS, math.inf, False, 7),
-            (errno.EACCES, 1, False, 6),
-            (errno.EIO, 1, True, 7),
-            (errno.ESTALE, math.inf, True, 8),
+            (errno.EDQUOT, 1, False, 8),
+            (errno.EROFS, math.inf, False, 10),
+            (errno.EACCES, 1, False, 9),
+            (errno.EIO, 1, True, 11),
+            (errno.ESTALE, math.inf, True, 12),
         ],
         ids=["ENOSPC", "ENOSPC at each", "EDQUOT", "EROFS", "EACCES", "EIO", "ESTALE"],
     )
@@ -209,8 +209,8 @@ class TestEveryOperation:
     @pytest.mark.parametrize(
         ("times", "step"),
         [
-            (1, 4),
-            (2, 5),
+            (1, 6),
+            (2, 7),
             pytest.param(1, 1, marks=pytest.mark.slow),
             pytest.param(2, 2, marks=pytest.mark.slow),
         ],

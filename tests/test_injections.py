@@ -19,7 +19,7 @@ from toy_builds import toy_spec
 import teacher_cache as tc
 from teacher_cache.storage.zarr_shards import ZarrStore
 
-SHORT, LONG = 300, 25_000
+SHORT, LONG = 200, 25_000
 """Injections into each cache."""
 
 FIELDS: dict[str, Any] = {

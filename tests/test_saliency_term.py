@@ -115,7 +115,7 @@ def test_taps_keep_inputs_only_where_they_are_asked_for(batch: Batch) -> None:
     assert said.logits_BC.requires_grad
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
 def test_a_student_learns_it_in_any_precision(precision: str, cache: Path) -> None:
     """Beside cross-entropy; with clipping, which has to see gradients that no scaler has multiplied."""
     terms = [Saliency(), CrossEntropy(0.01)]
