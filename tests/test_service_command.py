@@ -146,7 +146,7 @@ def test_under_load_everything_that_was_taken_on_is_answered(config: Path, tmp_p
     described["teacher"]["name"] = "other"
     other.write_text(yaml.safe_dump(described))
     limits = ("service.drain_seconds=3", "service.max_images=8", "service.queue_images=8")
-    slow = [word for limit in limits for word in ("--set", limit)]
+    slow = ["--log-level=warning", *(word for limit in limits for word in ("--set", limit))]
     with started(config, str(other), "--set", "teacher.model=toy_service_models:SlowNet", *slow) as (process, url):
         base = url.rpartition("/")[0]
         asking = [sys.executable, "-c", LOAD, base, "colour,other"]
