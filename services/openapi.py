@@ -11,11 +11,12 @@ from services.headers import MILLISECONDS
 from services.identity import OPEN_PATHS
 from services.inference_body import Inference
 from services.naming import Named
+from services.routes import PREDICT
 from services.settings import Settings
 
-_PREDICT, _LOOKUP = "/v1/teachers/{name}/predict", "/v1/teachers/{name}/lookup"
+_LOOKUP = "/v1/teachers/{name}/lookup"
 _INFER = "/v2/models/{name}/infer"
-_QUESTIONS = {_PREDICT: "Named", _LOOKUP: "Named", _INFER: "Inference"}
+_QUESTIONS = {PREDICT: "Named", _LOOKUP: "Named", _INFER: "Inference"}
 """The paths that take questions, and what their JSON is."""
 _BINARY = {"type": "string", "format": "binary"}
 _TEXT = {"type": "string"}
@@ -106,7 +107,7 @@ def _complete_operation(path: str, operation: dict[str, Any], closed: bool) -> N
         headers["If-Match"] = "the digest that the teacher must have"
         content = {naming.MEDIA_TYPE: {"schema": {"$ref": f"#/components/schemas/{_QUESTIONS[path]}"}}}
         operation["requestBody"] = {"required": True, "content": content}
-    if path == _PREDICT:
+    if path == PREDICT:
         operation["requestBody"]["content"] |= _content(wire.MEDIA_TYPE, *images.FORMATS)
         operation["responses"]["200"]["content"] |= _content(wire.MEDIA_TYPE)
     parameters = operation.setdefault("parameters", [])

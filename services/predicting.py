@@ -24,7 +24,7 @@ from services.options import FormOptions, OptionError, PredictOptions, Wanted, r
 from services.planning_named import look_up
 from services.problems import Problem
 from services.responding import respond
-from services.routes import service_of, teacher_of
+from services.routes import PREDICT, service_of, teacher_of
 from services.schemas import Lookup, Predictions
 from services.state import Service
 from services.status import Status
@@ -34,7 +34,7 @@ from services.upload import uploaded
 router = APIRouter()
 
 
-@router.post("/v1/teachers/{name}/predict", response_model=Predictions)
+@router.post(PREDICT, response_model=Predictions)
 async def predict(name: str, request: Request, options: Annotated[PredictOptions, Query()]) -> Response:
     """Images, files, or names of samples: to logits, probabilities, the top k, named classes, or features."""
     arrived = time.monotonic()

@@ -17,6 +17,8 @@ from services.state import Service
 from services.teachers import ServedTeacher
 
 router = APIRouter()
+PREDICT = "/v1/teachers/{name}/predict"
+"""Where questions are asked: what the router, the OpenAPI document and the turnstile know it by."""
 
 
 @router.get("/livez")

@@ -15,11 +15,10 @@ from services.admission import require
 from services.headers import deadline_in
 from services.policy import Asked
 from services.problems import no_room
+from services.routes import PREDICT
 from services.state import Service
 from services.visit import Visit
-from services.work import QueueFull
-
-ROUTE = "/v1/teachers/{name}/predict"
+from services.work import Expired, QueueFull
 
 
 class Turnstile:
@@ -29,7 +28,7 @@ class Turnstile:
         self._service = service
         # A cache or a journal may have the answer.
         alone = [name for name, one in service.teachers.items() if one.library is None and service.kept is None]
-        self._batchers = {ROUTE.format(name=name): (name, service.batchers[name]) for name in alone}
+        self._batchers = {PREDICT.format(name=name): (name, service.batchers[name]) for name in alone}
 
     def require_room(self, method: str, path: str, headers: Headers, visit: Visit) -> None:
         """Lets a request pass, unless it is a question for which not even one image would be taken.
@@ -45,8 +44,11 @@ class Turnstile:
         require(self._service.books, visit, Asked(teacher=name))
         try:
             batcher.require_room(visit.caller.name, 1, deadline)
+        except Expired:
+            # It has passed since: whoever parses the question says so.
+            return
         except QueueFull as full:
-            visit.teacher, visit.route = name, ROUTE
+            visit.teacher, visit.route = name, PREDICT
             raise no_room(full.retry_after) from None
 
 
