@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -94,3 +96,15 @@ def test_a_journal_may_have_the_answer(tmp_path: Path) -> None:
     with full(tmp_path, journal=tmp_path / "journal") as (client, headers, _):
         cards = {"Authorization": headers["all"], "Content-Type": "nonsense"}
         assert client.post(PREDICT, content=b"", headers=cards).status_code == 415
+
+
+def test_past_the_turnstile_it_is_refused_before_its_body(tmp_path: Path) -> None:
+    """Where a journal might have the answer, but is not to be asked."""
+    with full(tmp_path, journal=tmp_path / "journal") as (client, headers, _):
+        place = client.base_url
+        with contextlib.closing(http.client.HTTPConnection(place.host, place.port, timeout=10)) as link:
+            link.putrequest("POST", f"{PREDICT}?cache=bypass")
+            for name, value in {**TENSORS, "Authorization": headers["all"], "Content-Length": "200"}.items():
+                link.putheader(name, value)
+            link.endheaders()
+            assert link.getresponse().status == 503
