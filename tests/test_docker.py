@@ -146,20 +146,22 @@ def cluster(folder: Path, port: int) -> Iterator[tuple[dict[str, str], list[list
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
     environment = {**os.environ, **token, "RAY_TMPDIR": str(folder), "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
 
-    def here(words: list[str]) -> list[str]:
+    def here(words: list[str], nth: int) -> list[str]:
         text = json.dumps(words).replace("ray-head", "127.0.0.1").replace("6379", str(port))
+        # Nodes on one machine share a folder, and the later ones' sockets are numbered.
+        text = text.replace("sockets/raylet", f"sockets/raylet.{nth}")
         return list(json.loads(text.replace("/tmp/ray", f"{folder}/ray")))
 
     processes = []
     try:
         checks = []
-        for name in ("ray-head", "ray-worker"):
+        for nth, name in enumerate(("ray-head", "ray-worker")):
             service = SERVICES[name]
-            command = [*service["entrypoint"], *here(service["command"]), "--node-ip-address=127.0.0.1"]
+            command = [*service["entrypoint"], *here(service["command"], nth), "--node-ip-address=127.0.0.1"]
             log = (folder / f"{name}.log").open("w")
             processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=ROOT))
             log.close()
-            checks.append(here(service["healthcheck"]["test"])[1:])
+            checks.append(here(service["healthcheck"]["test"], nth)[1:])
             wait_until(partial(healthy, checks[-1], environment), 90)
         yield {**environment, "RAY_ADDRESS": f"127.0.0.1:{port}"}, checks
     finally:
