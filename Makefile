@@ -7,6 +7,8 @@ WORKERS := $(shell $(PYTHON) -c "import os; print(min(4, (os.cpu_count() or 1) +
 SIDE_BY_SIDE := -n $(WORKERS) --dist worksteal
 # The tests start hundreds of processes: without bytecode each of them compiles all modules anew.
 unexport PYTHONDONTWRITEBYTECODE
+# Side by side, threads of one process would wait for those of another; tests that want several ask for them.
+test test-all check: export OMP_NUM_THREADS := 1
 
 .PHONY: demo test test-all crash check clean
 .DEFAULT_GOAL := test

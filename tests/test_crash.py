@@ -25,6 +25,7 @@ def reference(request: pytest.FixtureRequest, arrays: Path, tmp_path_factory: py
     return Reference(tmp_path_factory.mktemp(request.param), arrays, request.param)
 
 
+@pytest.mark.parametrize("reference", [pytest.param("zarr", marks=pytest.mark.slow), "parquet"], indirect=True)
 @pytest.mark.parametrize(("executor", "kills"), [("serial", 4), pytest.param("ray", 2, marks=pytest.mark.slow)])
 def test_killed_at_random_moments(reference: Reference, executor: Executor, kills: int) -> None:
     """Driver, actor, or all of Ray; the reader that watches sees exact values and holes only."""
@@ -35,6 +36,7 @@ def test_killed_at_random_moments(reference: Reference, executor: Executor, kill
     assert outcome.asked >= len(reference.places)
 
 
+@pytest.mark.parametrize("reference", ["zarr", pytest.param("parquet", marks=pytest.mark.slow)], indirect=True)
 def test_killed_before_changes_of_the_file_system(reference: Reference) -> None:
     """From the first one to those of sealing, in steps; the long version takes every one."""
     total = changes(reference)

@@ -344,7 +344,7 @@ class TestSignals:
     @pytest.mark.parametrize(
         ("executor", "number"),
         [
-            ("serial", signal.SIGINT),
+            pytest.param("serial", signal.SIGINT, marks=pytest.mark.slow),
             ("serial", signal.SIGTERM),
             pytest.param("ray", signal.SIGTERM, marks=pytest.mark.slow),
             pytest.param("ray", signal.SIGINT, marks=pytest.mark.slow),

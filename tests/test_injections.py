@@ -120,6 +120,15 @@ def run(cache: Path, donor: Path, seed: int, count: int) -> Counter[str]:
     return kinds
 
 
+@pytest.mark.parametrize(
+    "pair",
+    [
+        "zarr, sealed",
+        "parquet, building",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("zarr, building", "parquet, sealed")),
+    ],
+    indirect=True,
+)
 def test_every_injection_is_found(pair: tuple[Path, Path]) -> None:
     started = time.perf_counter()
     kinds = run(*pair, seed=20_260, count=SHORT)

@@ -209,8 +209,15 @@ def _child(cache: tc.Cache, rows: list[int], sink: Any) -> None:
     sink.put(cache.read("logits", 1, rows).dense().values.numpy())  # type: ignore[union-attr]
 
 
-@KINDS
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [
+        ("zarr", "fork"),
+        ("parquet", "fork"),
+        ("zarr", "spawn"),
+        pytest.param("parquet", "spawn", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork.*:DeprecationWarning")
 def test_forked_and_spawned_workers_read(kind: str, method: str, caches: dict[str, Path], tmp_path: Path) -> None:
     """Rows that the parent has mapped, and rows that it has not; the parent reads on."""

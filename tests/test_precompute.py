@@ -205,7 +205,7 @@ def test_a_recipe_that_mixes_is_not_bisected(cluster: None, tmp_path: Path) -> N
             r"images/20 … images/23.*must answer logits as \(4, 10\)",
             marks=pytest.mark.slow,
         ),
-        ("NaNs", NonFiniteError, r"images/20, view 0, logits.*nan"),
+        pytest.param("NaNs", NonFiniteError, r"images/20, view 0, logits.*nan", marks=pytest.mark.slow),
         pytest.param("Infinite", NonFiniteError, r"images/20, view 0, logits.*inf", marks=pytest.mark.slow),
     ],
 )

@@ -391,6 +391,7 @@ def test_a_damaged_copy_is_fetched_again(built: Path, bucket: Bucket, between: P
 # Damage.
 
 
+@pytest.mark.parametrize("built", ["zarr", pytest.param("parquet", marks=pytest.mark.slow)], indirect=True)
 def test_verify_and_repair(built: Path, bucket: Bucket, tmp_path: Path) -> None:
     """What is in the store counts, and no copy of what was; it ends with the bytes of before."""
     url, copies = bucket.upload(built), tmp_path / "copies"
