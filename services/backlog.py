@@ -106,11 +106,16 @@ class Backlog:
                 self.lines.add(caller, piece, again=True)
 
     def take(self, room: int) -> Piece | None:
-        """The next piece that fits and that somebody waits for."""
+        """The next piece that fits and that somebody waits for.
+
+        Where not all that waits has room, what would be late is left out, though it is not late yet: a model that has
+        fallen behind would else compute one late answer after the other.
+        """
         while (found := self.lines.take(room)) is not None:
             caller, piece = found
             del piece.request.queued[piece.number]
-            if not piece.request.dropped():
+            others = self.lines.rows + piece.rows > room
+            if not piece.request.dropped(time.monotonic() + self.estimate.seconds(1) if others else -math.inf):
                 self.lines.charge(caller, piece.rows)
                 return piece
             self.drop(piece.request)

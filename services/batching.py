@@ -106,7 +106,8 @@ class Batcher:
             images_BCHW: uint8 [N, C, H, W] in the teacher's view shape, N ≥ 1.
             fields: which of the teacher's fields to keep.
             caller: in whose line it waits.
-            deadline: on the monotonic clock; work that is late is dropped before it reaches the model.
+            deadline: on the monotonic clock; work that is late, or would take the place of others and be late, is
+                dropped before it reaches the model.
             identity: of these images (`wire.identity_of`); while they are on their way, whoever brings them again
                 adds no work, and always has room. Not shared where None.
 

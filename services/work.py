@@ -23,7 +23,7 @@ class QueueFull(Exception):  # noqa: N818 - a state, not a defect
 
 
 class Expired(Exception):  # noqa: N818 - a state, not a defect
-    """The deadline passed before the model was free."""
+    """The deadline passed before the model was free, or would have passed before it was done."""
 
 
 class TeacherFailed(Exception):  # noqa: N818 - told to the client as a problem
@@ -90,11 +90,17 @@ class Request:
         self.waiters.append(waiter)
         return waiter.answer
 
-    def dropped(self) -> bool:
-        """Whether nobody waits any more: answered, failed, cancelled or too late."""
-        now = time.monotonic()
-        for waiter in self.waiters:
-            if now > waiter.deadline:
+    def dropped(self, ready: float = -math.inf) -> bool:
+        """Whether nobody waits any more: answered, failed, cancelled or too late.
+
+        Args:
+            ready: when its answer would be there, on the monotonic clock: where that is too late for everyone who
+                waits, they are told now.
+        """
+        now, waiting = time.monotonic(), [waiter for waiter in self.waiters if not waiter.answer.done()]
+        in_vain = all(ready > waiter.deadline for waiter in waiting)
+        for waiter in waiting:
+            if in_vain or now > waiter.deadline:
                 waiter.fail(Expired())
         return all(waiter.answer.done() for waiter in self.waiters)
 

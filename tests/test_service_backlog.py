@@ -41,11 +41,11 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return Clock(monkeypatch)
 
 
-def ask(backlog: Backlog, caller: str, images: int) -> Request:
+def ask(backlog: Backlog, caller: str, images: int, deadline: float = math.inf) -> Request:
     """A request that is let in."""
-    backlog.require_room(caller, images)
+    backlog.require_room(caller, images, deadline)
     request = Request(("logits",), None, [None] * math.ceil(images / SIZE))
-    request.join(math.inf)
+    request.join(deadline)
     backlog.add(request, caller, torch.split(views(images), SIZE))
     return request
 
@@ -131,6 +131,54 @@ def test_an_old_estimate_does_not_shut_the_door_of_a_free_model(clock: Clock) ->
     backlog.require_room("me", 1, clock.now + 1)
     ask(backlog, "you", 1)
     assert refused(lambda: backlog.require_room("me", 1, clock.now + 1)) >= 29
+
+
+def test_what_would_be_late_leaves_its_place_to_others_before_it_is_late(clock: Clock) -> None:
+    """A model that has fallen behind catches up, in place of giving late answers from there on."""
+    backlog = Backlog(SIZE, 1000, 60)
+    clock.batch(backlog.estimate, 1.0)
+    late, later, last = (ask(backlog, "me", SIZE, clock.now + seconds) for seconds in (3.5, 4.5, 5.5))
+    backlog.estimate.start()
+    # Two batches' time and more, where one was expected: the first has half a second left, and a batch takes one.
+    clock.now += 3
+    backlog.estimate.stop(count=False)
+    taken = backlog.take(SIZE)
+    assert taken is not None
+    assert taken.request is later
+    assert isinstance(late.waiters[0].answer.exception(0), Expired)
+    assert backlog.lines.rows == SIZE
+    # The last one is in nobody's way: an estimate may be wrong.
+    clock.now += 2
+    taken = backlog.take(SIZE)
+    assert taken is not None
+    assert taken.request is last
+    assert not last.waiters[0].answer.done()
+
+
+def test_the_batch_in_the_model_counts_for_what_would_be_late(clock: Clock) -> None:
+    backlog = Backlog(SIZE, 1000, 60)
+    clock.batch(backlog.estimate, 1.0)
+    first, second = (ask(backlog, "me", SIZE, clock.now + seconds) for seconds in (2.5, 3.5))
+    clock.now += 1
+    backlog.estimate.start()
+    taken = backlog.take(SIZE)
+    assert taken is not None
+    assert taken.request is second
+    assert isinstance(first.waiters[0].answer.exception(0), Expired)
+
+
+def test_who_joined_with_more_time_still_gets_the_answer(clock: Clock) -> None:
+    backlog = Backlog(SIZE, 1000, 60)
+    clock.batch(backlog.estimate, 1.0)
+    shared = ask(backlog, "me", SIZE, clock.now + 1.5)
+    patient = shared.join(clock.now + 60)
+    ask(backlog, "me", SIZE)
+    clock.now += 1
+    taken = backlog.take(SIZE)
+    assert taken is not None
+    assert taken.request is shared
+    assert not any(waiter.answer.done() for waiter in shared.waiters), "the other may be in time yet"
+    assert shared.waiters[1].answer is patient
 
 
 def test_the_estimate_follows_and_doubts(clock: Clock) -> None:

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import gc
+import socket
 import sys
 
 import pytest
+import uvicorn
+from toy_service_models import ToyTeacher, toy_served
 
+from services.app import create_app
 from services.pauses import SWITCH_SECONDS, short_pauses
+from services.server import LOOPBACK, bind, run
+from services.settings import Settings
 
 
 def test_threads_give_way_sooner_and_what_is_loaded_is_not_walked_over() -> None:
@@ -26,3 +32,16 @@ def test_all_is_as_before_where_the_server_fails() -> None:
     with pytest.raises(OSError, match="no socket"), short_pauses():
         raise OSError("no socket")
     assert (sys.getswitchinterval(), gc.get_freeze_count()) == (before, 0)
+
+
+def test_a_server_runs_with_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[float] = []
+
+    async def serve(_server: uvicorn.Server, sockets: list[socket.socket]) -> None:
+        assert len(sockets) == 1
+        found.append(sys.getswitchinterval())
+
+    monkeypatch.setattr(uvicorn.Server, "serve", serve)
+    with bind(LOOPBACK, 0) as listener:
+        run(create_app({"toy": toy_served(ToyTeacher())}, Settings()), listener, None)
+    assert found == [pytest.approx(SWITCH_SECONDS)]
