@@ -11,6 +11,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from types import FrameType
+from typing import Literal
 
 import uvicorn
 from fastapi import FastAPI
@@ -21,6 +22,8 @@ from services.state import Service
 from teacher_cache.errors import SpecError
 
 LOOPBACK = "127.0.0.1"
+HTTP: Literal["h11"] = "h11"
+"""The one of uvicorn's parsers that bounds the length of headers; left alone, it takes another that is installed."""
 _DRAIN_LIMIT = 30
 """Seconds beside those that may be queued."""
 
@@ -81,6 +84,7 @@ async def _serve(server: Server, app: FastAPI, listener: socket.socket, admin: s
 def _config(app: FastAPI, service: Service, lifespan: str = "on") -> uvicorn.Config:
     return uvicorn.Config(
         app,
+        http=HTTP,
         log_config=None,
         access_log=False,
         server_header=False,
@@ -131,4 +135,4 @@ class _Beside(uvicorn.Server):
         yield
 
 
-__all__ = ["LOOPBACK", "Server", "bind", "run"]
+__all__ = ["HTTP", "LOOPBACK", "Server", "bind", "run"]

@@ -12,7 +12,7 @@ from toy_service_models import ToyTeacher, toy_served
 
 from services.app import create_app
 from services.pauses import SWITCH_SECONDS, short_pauses
-from services.server import LOOPBACK, bind, run
+from services.server import HTTP, LOOPBACK, bind, run
 from services.settings import Settings
 
 
@@ -34,11 +34,13 @@ def test_all_is_as_before_where_the_server_fails() -> None:
     assert (sys.getswitchinterval(), gc.get_freeze_count()) == (before, 0)
 
 
-def test_a_server_runs_with_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_runs_with_them_and_with_the_parser_that_was_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tests of hostile requests name this parser: another one that is installed too must not take its place."""
     found: list[float] = []
 
-    async def serve(_server: uvicorn.Server, sockets: list[socket.socket]) -> None:
+    async def serve(server: uvicorn.Server, sockets: list[socket.socket]) -> None:
         assert len(sockets) == 1
+        assert server.config.http == HTTP
         found.append(sys.getswitchinterval())
 
     monkeypatch.setattr(uvicorn.Server, "serve", serve)

@@ -21,6 +21,7 @@ from starlette.types import ASGIApp
 from torch import Tensor, nn
 
 from services.app import create_app
+from services.server import HTTP
 from services.settings import Settings
 from services.teachers import ServedTeacher
 from teacher_cache.fingerprint import fingerprint
@@ -144,7 +145,7 @@ def running(app: ASGIApp) -> Iterator[str]:
     """Serves an application on loopback in a thread; gives its base URL."""
     with socket.socket(proto=socket.IPPROTO_TCP) as listener:
         listener.bind(("127.0.0.1", 0))
-        config = uvicorn.Config(app, log_level="critical", ws="none", timeout_graceful_shutdown=5)
+        config = uvicorn.Config(app, http=HTTP, log_level="critical", ws="none", timeout_graceful_shutdown=5)
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
