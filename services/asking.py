@@ -137,7 +137,7 @@ async def in_time(deadline: float) -> AsyncIterator[None]:
             yield
     except (TimeoutError, Expired):
         hint = "Allow more time, or send fewer images."
-        raise Problem(504, "X-Deadline-Ms", "passed before the answer was there", "late", hint) from None
+        raise Problem(504, "X-Deadline-Ms", "passed, or would, before the answer was there", "late", hint) from None
 
 
 async def _answer(service: Service, question: Question, visit: Visit) -> Answer:

@@ -50,7 +50,7 @@ _PROBLEMS = {
     "429": "Your budget has no room; Retry-After says when it will have.",
     "500": "The teacher failed on these images, or its cache is not what was built.",
     "503": "We have no room, are not ready, or are on the way out.",
-    "504": "The deadline passed.",
+    "504": "The deadline passed, or would have before the answer was there.",
 }
 _RETRIED = ("429", "503")
 _SENT = {

@@ -7,7 +7,7 @@ import gc
 import sys
 from collections.abc import Iterator
 
-SWITCH_SECONDS = 0.0001
+SWITCH_SECONDS = 0.0002
 """After which a thread that runs Python gives way to one that waits; Python's own default is 0.005."""
 
 
