@@ -74,6 +74,10 @@ class BuildError(WorkError):
     """A shard could not be made."""
 
 
+class StorageError(BuildError):
+    """The disk or the store refuses, or does not answer; that says nothing of what is kept there."""
+
+
 class NonFiniteError(WorkError):
     """A teacher answered NaN or inf, or a finite answer does not fit the encoding."""
 

@@ -66,6 +66,7 @@ def verify(
 
     Raises:
         CacheNotFoundError: there is no cache to check.
+        StorageError: the disk or the store does not let itself be read; that is no problem of the cache.
     """
     root = open_root(path)
     try:

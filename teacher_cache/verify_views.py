@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from teacher_cache.errors import TeacherCacheError
+from teacher_cache.errors import StorageError, TeacherCacheError
 from teacher_cache.manifest import library_versions
 from teacher_cache.proof import check
 from teacher_cache.reader import Cache
@@ -44,6 +44,8 @@ def verify_views(cache: Cache, sample: dict[int, list[int]], progress: Progress 
     problems: list[TeacherCacheError] = []
     try:
         _ = cache.source, cache.recipe
+    except StorageError:
+        raise
     except TeacherCacheError as error:
         return ViewsReport(0, 0, (error,), ())
     total = sum(len(rows) for rows in sample.values())
@@ -51,6 +53,8 @@ def verify_views(cache: Cache, sample: dict[int, list[int]], progress: Progress 
     for view, rows in _batches(sample):
         try:
             redrawn += _verify(cache, view, rows)
+        except StorageError:
+            raise
         except TeacherCacheError as error:
             problems.append(error)
         done += len(rows)

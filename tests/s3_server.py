@@ -153,13 +153,22 @@ class Trouble:
     every: int = 1
     """Then each so-manieth fails."""
     seconds: float = 1.0
+    lasting: bool = False
+    """The first request that fails goes on to, however often its client sends it, and no other one does."""
     seen: int = 0
+    struck: str = ""
+    """Method and path of that one."""
 
-    def strikes(self, method: str) -> bool:
+    def strikes(self, method: str, path: str) -> bool:
         """Counts a request; whether it fails."""
         if self.method not in ("", method):
             return False
+        if self.struck:
+            return self.struck == f"{method} {path}"
         self.seen += 1
+        if self.lasting and self.seen > self.after:
+            self.struck = f"{method} {path}"
+            return True
         late = self.seen - self.after - 1
         return late >= 0 and late % self.every == 0 and late // self.every < self.times
 
@@ -178,7 +187,7 @@ class Proxy:
     def note(self, method: str, path: str) -> Trouble | None:
         with self.lock:
             self.requests.append((method, path))
-            return next((one for one in self.troubles if one.strikes(method)), None)
+            return next((one for one in self.troubles if one.strikes(method, path)), None)
 
 
 class _Handler(BaseHTTPRequestHandler):

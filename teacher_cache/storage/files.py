@@ -16,7 +16,7 @@ import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
-from teacher_cache.errors import BuildError, CacheError, CacheNotFoundError
+from teacher_cache.errors import CacheError, CacheNotFoundError, StorageError
 
 UNREADABLE = "The file is there: check its permissions, the mount, and the limit of open files (ulimit -n)."
 RESTORE = "`teacher-cache verify PATH` shows the extent, `teacher-cache repair PATH` computes what is bad again."
@@ -45,7 +45,7 @@ def write_atomic(root: Path, relative: str, data: bytes) -> None:
     """Temporary name, write, fsync, rename, fsync the folder: afterwards the file is whole and stays.
 
     Raises:
-        BuildError: the folder cannot be written (full, read-only, gone); nothing visible has changed.
+        StorageError: the folder cannot be written (full, read-only, gone); nothing visible has changed.
     """
     final = root / relative
     temporary = _temporary(final)
@@ -78,7 +78,7 @@ def write_together(root: Path, files: Iterable[tuple[str, bytes]]) -> None:
         files: path below the root, in a folder there, and content of each; asked for one at a time, and not kept.
 
     Raises:
-        BuildError: a folder cannot be written (full, read-only, gone).
+        StorageError: a folder cannot be written (full, read-only, gone).
     """
     written: list[tuple[Path, Path]] = []
     unsynced: set[Path] = set()
@@ -155,17 +155,17 @@ _ABSENT = {errno.ENOENT, errno.EISDIR, errno.ENOTDIR}
 """One file is missing: that is damage, and no fault of the disk."""
 
 
-def file_error(path: Path, root: Path, error: OSError, rule: str = "cannot be written") -> BuildError:
+def file_error(path: Path, root: Path, error: OSError, rule: str = "cannot be written") -> StorageError:
     """What to say of a file of a cache that the operating system refuses."""
     known = _REASONS.get(error.errno or 0)
     reason, todo = known or ("the operating system refuses", "Correct that")
     hint = f"{todo}, then run the same command again: it goes on. Nothing that is committed is damaged."
-    return BuildError(str(path), f"{rule}: {reason} ({error.strerror or error})", root, hint)
+    return StorageError(str(path), f"{rule}: {reason} ({error.strerror or error})", root, hint)
 
 
 @contextlib.contextmanager
 def file_errors(root: Path) -> Iterator[None]:
-    """Turns what the operating system refuses below a cache's root into a `BuildError` that says what to do."""
+    """Turns what the operating system refuses below a cache's root into a `StorageError` that says what to do."""
     try:
         yield
     except CacheError as error:

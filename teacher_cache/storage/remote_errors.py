@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass
 
-from teacher_cache.errors import BuildError
+from teacher_cache.errors import BuildError, StorageError
 
 PERMISSIONS = "s3:GetObject, s3:PutObject, s3:DeleteObject and s3:ListBucket"
 _NO_BUCKET = "the bucket does not exist", "Create it, or correct its name"
@@ -116,5 +116,5 @@ class Fault:
         reason, todo = _REASONS.get(self.code, default)
         often = f", {tries} times" if tries > 1 else ""
         hint = f"{todo}; then run the same command again: it goes on. Nothing that is committed is damaged."
-        kind = _KINDS.get(self.code, BuildError) if self.answered else BuildError
+        kind = _KINDS.get(self.code, StorageError) if self.answered else StorageError
         return kind(place, f"{rule}: {reason} ({self.code}{often})", root, hint)
