@@ -121,7 +121,7 @@ class Gate:
         authorization = headers.get("authorization", "").encode("latin-1")
         visit.caller = await self._books.doorkeeper.identify(scope["path"], authorization, headers.get("host", ""))
         require(self._books, visit, Asked())
-        self._turnstile.require_room(scope["method"], scope["path"], headers, visit)
+        self._turnstile.require_room(scope, headers, visit)
         await self._app(scope, door.receive, door.send)
 
 

@@ -7,19 +7,23 @@ import http.client
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from toy_service_models import ToyTeacher, open_gate, running, serving, toy_served, views, wait_until
+from toy_service_models import ToyTeacher, colour_spec, open_gate, running, serving, toy_served, views, wait_until
 
+import teacher_cache as tc
 from services import keys
 from services.app import create_app
+from services.library import Library
 from services.policy import Policy
 from services.routes import PREDICT as ROUTE
 from services.settings import Settings
 from services.state_folder import StateFolder
+from services.teachers import open_served
 from services.wire import pack_images
 
 PREDICT = "/v1/teachers/toy/predict"
@@ -27,14 +31,16 @@ TENSORS = {"Content-Type": "application/safetensors"}
 
 
 @contextmanager
-def full(tmp_path: Path, **given: Any) -> Iterator[tuple[httpx.Client, dict[str, str], Any]]:
+def full(
+    tmp_path: Path, library: Library | None = None, **given: Any
+) -> Iterator[tuple[httpx.Client, dict[str, str], Any]]:
     """A service whose queue is full, a header for each of two keys, and the app."""
     folder = StateFolder(tmp_path / "state")
     policies = {"all": Policy(), "other": Policy(teachers=("other",))}
     headers = {name: f"Bearer {keys.add(folder, name, policy)}" for name, policy in policies.items()}
     teacher = ToyTeacher()
     settings = Settings(state=tmp_path / "state", max_images=8, queue_images=8, **given)
-    app = create_app({"toy": toy_served(teacher)}, settings)
+    app = create_app({"toy": replace(toy_served(teacher), library=library)}, settings)
     with running(app) as base, httpx.Client(base_url=base, timeout=30) as client:
         waiting = [threading.Thread(target=ask, args=(client, headers["all"], seed)) for seed in range(2)]
         waiting[0].start()
@@ -53,11 +59,25 @@ def ask(client: httpx.Client, key: str, seed: int = 0, **headers: str) -> httpx.
     return client.post(PREDICT, content=content, headers={**TENSORS, "Authorization": key, **headers})
 
 
-def test_it_is_refused_unparsed_and_counted_as_that_question(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def library(folder: Path, *, cached: bool, built: bool = False) -> Library:
+    """The samples of a configuration, as every teacher has them that a configuration names."""
+    spec = colour_spec(folder / "data", "local")
+    if built:
+        tc.build(spec, executor="serial")
+    found = open_served(spec, from_cache=cached).library
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("cached", [None, False, True], ids=["no samples", "never cached", "not cached yet"])
+def test_it_is_refused_unparsed_and_counted_as_that_question(
+    cached: bool | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def parsed(*_given: object) -> None:
         raise AssertionError("it was parsed")
 
-    with full(tmp_path) as (client, headers, app):
+    samples = None if cached is None else library(tmp_path, cached=cached)
+    with full(tmp_path, samples) as (client, headers, app):
         monkeypatch.setattr("services.predicting.media_type_of", parsed)
         answer = ask(client, headers["all"])
         assert (answer.status_code, answer.json()["field"]) == (503, "queue")
@@ -97,6 +117,20 @@ def test_a_journal_may_have_the_answer(tmp_path: Path) -> None:
     with full(tmp_path, journal=tmp_path / "journal") as (client, headers, _):
         cards = {"Authorization": headers["all"], "Content-Type": "nonsense"}
         assert client.post(PREDICT, content=b"", headers=cards).status_code == 415
+
+
+def test_a_cache_may_have_the_answer(tmp_path: Path) -> None:
+    with full(tmp_path, library(tmp_path, cached=True, built=True)) as (client, headers, _):
+        asked = {"keys": ["images/3"], "views": [1]}
+        found = client.post(PREDICT, json=asked, headers={"Authorization": headers["all"]})
+        assert (found.status_code, found.json()["status"]) == (200, ["cached"])
+
+
+def test_what_no_model_is_to_be_asked_passes(tmp_path: Path) -> None:
+    with full(tmp_path, library(tmp_path, cached=False)) as (client, headers, _):
+        asked = {"keys": ["images/3"], "views": [1]}
+        found = client.post(f"{PREDICT}?cache=only", json=asked, headers={"Authorization": headers["all"]})
+        assert found.status_code == 404
 
 
 def test_past_the_turnstile_it_is_refused_before_its_body(tmp_path: Path) -> None:
