@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import itertools
 import multiprocessing
 import random
@@ -95,6 +96,9 @@ async def _open(ask: Ask, how: Open, started: float) -> None:
 
 
 def _serve(asked: Connection) -> None:
+    # A full collection walks over all that torch's modules are: a tenth of a second in which nothing is sent or read.
+    gc.collect()
+    gc.freeze()
     numbers = itertools.count()
     while (job := asked.recv()) is not None:
         asked.send(asyncio.run(drive(*job, numbers)))
