@@ -16,6 +16,7 @@ from torch import Tensor
 
 from services.answers import transform
 from services.batching import Batcher
+from services.beside import beside
 from services.held import choose
 from services.kept_answers import KeptAnswers
 from services.options import Wanted
@@ -100,7 +101,7 @@ class Desk:
             self.batcher.require_room(self.caller, images, self.deadline)
             computed = await together([self._ask(question, failed) for question in left])
         there = [*(found for found in kept if found is not None), *chain.from_iterable(computed)]
-        answer = await asyncio.to_thread(self._assembled, plan, there, failed)
+        answer = await beside(partial(self._assembled, plan, there, failed), _size(plan, there))
         if answer.without and (self.strict or len(answer.without) == plan.items):
             raise _unanswered(answer.without)
         return answer
@@ -164,6 +165,13 @@ class Desk:
 
     def _assembled(self, plan: Plan, there: Sequence[_Found], failed: Mapping[int, Status]) -> Answer:
         return assembled(plan, [*plan.parts, *(found.part(self.wanted) for found in there)], failed)
+
+
+def _size(plan: Plan, there: Sequence[_Found]) -> int:
+    """Bytes that are put together, and a few for each item."""
+    fields = [value for found in there for value in found.fields.values()]
+    parts = [value for part in plan.parts for value in part.tensors.values()]
+    return sum(value.nbytes for value in (*fields, *parts)) + 16 * plan.items
 
 
 async def together(work: Sequence[Awaitable[T]]) -> list[T]:

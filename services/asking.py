@@ -19,6 +19,7 @@ from torch import Tensor
 from services.admission import admit, image_digests, visit_of
 from services.answering import Desk
 from services.answers import gathered
+from services.beside import beside
 from services.classes import with_classes
 from services.library import Library
 from services.naming import Named
@@ -49,6 +50,8 @@ class Question:
     """Whether an image was brought to the teacher's size; of files, each."""
     reads: bool = True
     """Whether the plan looks into the data set or the cache."""
+    size: float = math.inf
+    """Bytes of the images that it goes over where it does not."""
     counted: Sequence[int] = ()
     """The items that were asked for: files that cannot be decoded and fillings are none."""
     digests: tuple[bytes, ...] = ()
@@ -73,7 +76,16 @@ async def ask_images(request: Request, service: Service, desk: Desk, upload: Upl
         counted = [place for place in counted if place not in upload.broken]
     cached = desk.served.library is not None and desk.use in ("prefer", "only")
     plan = partial(plan_images, desk.served, upload.views_BCHW, wanted, cached=cached, broken=upload.broken)
-    return Question(replace(desk, wanted=wanted), plan, upload.classes_NK, upload.resized, cached, counted, digests)
+    return Question(
+        replace(desk, wanted=wanted),
+        plan,
+        upload.classes_NK,
+        upload.resized,
+        cached,
+        upload.views_BCHW.nbytes,
+        counted,
+        digests,
+    )
 
 
 async def ask_named(request: Request, service: Service, desk: Desk, named: Named) -> Question:
@@ -146,7 +158,7 @@ async def _answer(service: Service, question: Question, visit: Visit) -> Answer:
         with visit.spent.on("cache"):
             plan = await service.read(desk.served.name, question.plan)
     else:
-        plan = await asyncio.to_thread(question.plan)
+        plan = await beside(question.plan, question.size)
     answer = await desk.answer(plan)
     _count(answer, question, service, visit)
     if answer.without:
@@ -156,7 +168,7 @@ async def _answer(service: Service, question: Question, visit: Visit) -> Answer:
         await service.books.reduce(visit, len(paid), digests)
     if question.classes_NK is None:
         return answer
-    tensors = await asyncio.to_thread(gathered, answer.tensors, question.classes_NK)
+    tensors = await beside(partial(gathered, answer.tensors, question.classes_NK), answer.size)
     return replace(answer, tensors=tensors)
 
 

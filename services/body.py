@@ -6,10 +6,12 @@ What took a while to arrive is put together beside the event loop, a chunk at a 
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 
 import numpy as np
 from fastapi import Request
 
+from services.beside import beside
 from services.problems import Problem
 from services.settings import Settings
 from services.tensor_body import Buffer
@@ -29,7 +31,7 @@ async def read_body(request: Request, settings: Settings) -> Buffer:
             raise
         rule = f"must arrive within {settings.body_seconds:g} seconds"
         raise Problem(408, "body", rule, "not all of it", "Send less at a time.", {"Connection": "close"}) from None
-    return chunks[0] if len(chunks) == 1 else await asyncio.to_thread(_joined, chunks)
+    return chunks[0] if len(chunks) == 1 else await beside(partial(_joined, chunks), sum(map(len, chunks)))
 
 
 def require_json(data: Buffer, settings: Settings) -> None:

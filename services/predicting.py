@@ -16,6 +16,7 @@ from services import naming
 from services.admission import caller_of, require, visit_of
 from services.answering import Desk
 from services.asking import Question, answered, ask_images, ask_named, asked_by_name, classes_of, in_time
+from services.beside import beside
 from services.body import read_body, require_json
 from services.classes import with_classes
 from services.headers import answers_tensors, deadline_of, media_type_of, names_digest
@@ -29,7 +30,7 @@ from services.schemas import Lookup, Predictions
 from services.state import Service
 from services.status import Status
 from services.teachers import ServedTeacher
-from services.upload import uploaded
+from services.upload import size_of, uploaded
 
 router = APIRouter()
 
@@ -51,7 +52,8 @@ async def predict(name: str, request: Request, options: Annotated[PredictOptions
     question, answer = await answered(request, service, read, deadline)
     policy = caller_of(request).policy
     with visit.spent.on("encode"):
-        return await asyncio.to_thread(respond, answer, served, question, policy, tensors)
+        work = partial(respond, answer, served, question, policy, tensors)
+        return await beside(work, answer.size, as_json=not tensors)
 
 
 @router.post("/v1/teachers/{name}/lookup")
@@ -94,7 +96,8 @@ async def _read(request: Request, service: Service, desk: Desk, media_type: str)
             named = await asyncio.to_thread(parse_named, data, service.settings.max_images)
         return await ask_named(request, service, desk, named)
     with spent.on("decode"):
-        upload = await asyncio.to_thread(uploaded, data, media_type, desk.served, service.settings)
+        work = partial(uploaded, data, media_type, desk.served, service.settings)
+        upload = await beside(work, size_of(data, media_type))
     return await ask_images(request, service, desk, upload)
 
 

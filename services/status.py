@@ -93,6 +93,11 @@ class Answer:
     encodings: dict[str, str]
     """How the cache keeps the fields of which something was read."""
 
+    @property
+    def size(self) -> int:
+        """Bytes of the tensors, and a few for each item."""
+        return sum(value.nbytes for value in self.tensors.values()) + 16 * len(self.status)
+
 
 def assembled(plan: Plan, parts: Sequence[Part], failed: Mapping[int, Status]) -> Answer:
     """An answer from its parts, and why there are none to the other items. Slow where there are thousands."""

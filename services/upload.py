@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from services import images, wire
+from services.beside import SMALL
 from services.pixels import PixelBudget
 from services.problems import Problem
 from services.settings import Settings
@@ -18,6 +20,8 @@ from services.tensor_body import Buffer
 
 _HINT = "See `input` in the teacher's card."
 _FORMS = ({"images"}, {"blob", "offsets"})
+_SHORT = 2**10
+"""Bytes of a header with few tensors."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +43,14 @@ class Upload:
         if not self.broken:
             return self.views_BCHW
         return self.views_BCHW[[place for place in range(len(self.views_BCHW)) if place not in self.broken]]
+
+
+def size_of(data: Buffer, media_type: str) -> float:
+    """Bytes that `uploaded` goes over; inf for files, which may be anything before they are decoded, and for a crowd
+    of tensors, which take the longer the more there are."""
+    if media_type != wire.MEDIA_TYPE or len(data) > SMALL or wire.header_bytes(data) > _SHORT:
+        return math.inf
+    return math.inf if "blob" in wire.names_in(data) else len(data)
 
 
 def uploaded(data: Buffer, media_type: str, served: ServedTeacher, settings: Settings) -> Upload:

@@ -67,9 +67,22 @@ def unpack_tensors(data: Buffer) -> dict[str, Tensor]:
     return tensors
 
 
+def header_bytes(data: Buffer) -> int:
+    """How long a body says that its header is."""
+    return int.from_bytes(data[:8], "little")
+
+
+def names_in(data: Buffer) -> frozenset[str]:
+    """What the tensors of a body are called; of what `unpack_tensors` refuses to read, nothing."""
+    try:
+        return frozenset(_parts(data))
+    except WireError:
+        return frozenset()
+
+
 def unpack_metadata(data: Buffer) -> dict[str, str]:
     """The strings of a body that `unpack_tensors` has accepted."""
-    length = int.from_bytes(data[:8], "little")
+    length = header_bytes(data)
     found = json.loads(bytes(data[8 : 8 + length])).get("__metadata__") or {}
     return {str(key): str(value) for key, value in found.items()}
 

@@ -190,7 +190,7 @@ def admin_of(process: subprocess.Popen[str]) -> str:
 def test_it_stays_until_the_last_answer_has_left(config: Path, tmp_path: Path) -> None:
     folder = StateFolder(tmp_path / "state")
     key = keys.add(folder, "alice", Policy())
-    slow = ("--set", "teacher.model=toy_service_models:SlowNet", "--set", "service.drain_seconds=0.2")
+    slow = ("--set", "teacher.model=toy_service_models:SlowNet", "--set", "service.drain_seconds=0.8")
     with started(config, "--state", str(folder.path), "--set", "service.admin_port=0", *slow) as (process, url):
         admin = admin_of(process)
         token = {"Authorization": f"Bearer {folder.admin_token.read_text().strip()}"}

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services import body
+from services.beside import SMALL
 from services.large_response import SLICE, LargeResponse
 from services.problems import Problem
 from services.settings import Settings
@@ -56,7 +57,8 @@ def test_chunks_are_joined_beside_the_event_loop(monkeypatch: pytest.MonkeyPatch
         return joined(chunks)
 
     monkeypatch.setattr(body, "_joined", noted)
-    assert uploaded([b"a", b"b"], 10) == b"ab"
+    half = bytes(SMALL)
+    assert uploaded([half, b"b"], 2 * SMALL) == half + b"b"
     assert threads[0] is not threading.main_thread()
 
 
