@@ -350,6 +350,7 @@ class TestSignals:
             pytest.param("ray", signal.SIGINT, marks=pytest.mark.slow),
         ],
     )
+    @pytest.mark.timeout(600)
     def test_it_stops_and_goes_on(self, executor: str, number: signal.Signals, arrays: Path, tmp_path: Path) -> None:
         """To the whole group, as a terminal does: nothing half written stays and nobody holds the cache."""
         (tmp_path / "slow.py").write_text(SLOW)
@@ -373,14 +374,15 @@ class TestSignals:
             text=True,
             start_new_session=True,
         )
-        end = time.monotonic() + 60
+        # On cores that others keep busy: Ray gives its workers way to everybody.
+        end = time.monotonic() + 240
         while not list((tmp_path / "cache").glob("receipts/*/*.json")):
             assert process.poll() is None, process.communicate()
             assert time.monotonic() < end
             time.sleep(0.05)
         assert [builder.pid for builder in at_work(LocalRoot(tmp_path / "cache"))] == [process.pid]
         os.killpg(process.pid, number)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=240)
         assert process.returncode == 128 + number, (out, err)
         assert "stopped. What is committed stays; the same command goes on" in err
         assert "Traceback" not in err

@@ -122,6 +122,7 @@ def test_poison_becomes_a_tombstone(cluster: None, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_poison_in_one_view_is_poison_in_all(cluster: None, tmp_path: Path) -> None:
     """A flip hides one sample in view 1 and another in view 0: whoever comes first, both are left out of both.
 

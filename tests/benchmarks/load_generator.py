@@ -119,18 +119,15 @@ class LoadGenerator:
         self._process.terminate()
         self._process.join()
 
-    def run(self, question: Question, how: Closed | Open, meanwhile: Callable[[], None] | None = None) -> list[Answer]:
+    def run(self, question: Question, how: Closed | Open) -> list[Answer]:
         """Every answer, in the order in which they came.
 
         Args:
             question: what is asked.
             how: by whom and when.
-            meanwhile: called ten times a second.
         """
         self._ours.send((question, how))
         while not self._ours.poll(0.1):
-            if meanwhile is not None:
-                meanwhile()
             if not self._process.is_alive():
                 raise RuntimeError("the load generator has died; its error is above")
         answers: list[Answer] = self._ours.recv()
