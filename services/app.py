@@ -23,7 +23,7 @@ from services.policy import Asked
 from services.problems import Problem, install, internal, unrecorded
 from services.request_log import log_failure, log_visit
 from services.settings import Settings
-from services.state import make_service
+from services.state import Service, make_service
 from services.teachers import ServedTeacher
 from services.turnstile import Turnstile
 from services.visit import Visit
@@ -63,7 +63,7 @@ def create_app(teachers: Mapping[str, ServedTeacher], settings: Settings, books:
     install(app)
     describe(app, settings)
     app.state.metrics = Metrics(service)
-    app.add_middleware(Gate, books=service.books, metrics=app.state.metrics, turnstile=Turnstile(service))
+    app.add_middleware(Gate, service=service, metrics=app.state.metrics)
     return app
 
 
@@ -74,8 +74,9 @@ class Gate:
     caught into a problem that tells nothing, and has the books written before an answer leaves.
     """
 
-    def __init__(self, app: ASGIApp, books: Books, metrics: Metrics, turnstile: Turnstile) -> None:
-        self._app, self._books, self._metrics, self._turnstile = app, books, metrics, turnstile
+    def __init__(self, app: ASGIApp, service: Service, metrics: Metrics) -> None:
+        self._app, self._service, self._books, self._metrics = app, service, service.books, metrics
+        self._turnstile = Turnstile(service)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
@@ -87,7 +88,7 @@ class Gate:
         visit = Visit(asked if _REQUEST_ID.fullmatch(asked) else f"{random.getrandbits(128):032x}")
         visit.method = scope["method"] if scope["method"] in _METHODS else "other"
         scope.setdefault("state", {}).update(request_id=visit.request_id, visit=visit)
-        door = _Door(self._books, visit, scope, receive, send)
+        door = _Door(self._service, visit, scope, receive, send)
         self._metrics.in_flight.inc()
         try:
             await self._answer(scope, door)
@@ -129,8 +130,9 @@ class Gate:
 class _Door:
     """Where a request's body comes in and its answer leaves."""
 
-    def __init__(self, books: Books, visit: Visit, scope: Scope, receive: Receive, send: Send) -> None:
-        self._books, self.visit, self._scope, self._receive, self._send = books, visit, scope, receive, send
+    def __init__(self, service: Service, visit: Visit, scope: Scope, receive: Receive, send: Send) -> None:
+        self._service, self._books = service, service.books
+        self.visit, self._scope, self._receive, self._send = visit, scope, receive, send
 
     def note_route(self) -> None:
         """The template that the router has found for this path, where there is one and it was asked."""
@@ -157,6 +159,9 @@ class _Door:
             headers = MutableHeaders(scope=message)
             headers["X-Request-Id"] = self.visit.request_id
             headers["Server-Timing"] = self.visit.spent.header()
+            if self._service.draining:
+                # Whoever asks again on this connection might find it closed: on a new one he finds another server.
+                headers["Connection"] = "close"
         else:
             self.visit.bytes_out += len(message.get("body", b""))
         await self._send(message)

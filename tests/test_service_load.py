@@ -195,3 +195,14 @@ def test_a_server_on_its_way_out_says_so(draining: bool) -> None:
     app.state.service.draining = draining
     with running(app) as url, httpx.Client(base_url=url) as client:
         assert load_of(client)["draining"] is draining
+
+
+def test_on_its_way_out_it_ends_the_connections_of_those_it_answers() -> None:
+    """Nobody's next question is under way on a connection while that is closed."""
+    app = create_app({"toy": toy_served(open_gate(ToyTeacher()))}, Settings())
+    with running(app) as url, httpx.Client(base_url=url, timeout=20) as client:
+        for draining, told in ((False, None), (True, "close")):
+            app.state.service.draining = draining
+            for path, status in (("/livez", 200), ("/v1/teachers", 200), ("/nowhere", 404)):
+                answer = client.get(path)
+                assert (answer.status_code, answer.headers.get("connection")) == (status, told)
