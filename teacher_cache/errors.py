@@ -7,6 +7,7 @@
     │   └── TeacherError        a teacher cannot be loaded or does not fit the data
     ├── WorkError               the work failed; what is committed stays (exit 1)
     │   ├── BuildError          a shard could not be made
+    │   │   └── StorageError    the disk or the store refuses, or does not answer
     │   ├── NonFiniteError      a teacher answered NaN or inf, or the encoding would overflow
     │   └── ServiceError        a teacher service refused or could not answer
     │       └── BudgetError     what may be spent on it is spent
