@@ -23,7 +23,7 @@ from services.options import Wanted
 from services.problems import Problem
 from services.salvage import Salvage
 from services.schemas import CacheUse
-from services.status import Answer, Part, Plan, Question, Status, assembled
+from services.status import Answer, Part, Plan, Question, Status, assembled, bytes_of
 from services.teachers import ServedTeacher
 from services.timing import Spent
 from services.work import Fields, TeacherFailed
@@ -168,10 +168,10 @@ class Desk:
 
 
 def _size(plan: Plan, there: Sequence[_Found]) -> int:
-    """Bytes that are put together, and a few for each item."""
+    """Bytes that are put together."""
     fields = [value for found in there for value in found.fields.values()]
     parts = [value for part in plan.parts for value in part.tensors.values()]
-    return sum(value.nbytes for value in (*fields, *parts)) + 16 * plan.items
+    return bytes_of((*fields, *parts), plan.items)
 
 
 async def together(work: Sequence[Awaitable[T]]) -> list[T]:

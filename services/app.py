@@ -77,6 +77,9 @@ class Gate:
     def __init__(self, app: ASGIApp, service: Service, metrics: Metrics) -> None:
         self._app, self._service, self._books, self._metrics = app, service, service.books, metrics
         self._turnstile = Turnstile(service)
+        # Not the system for each id: for it the interpreter is given up, and got back after a wait. Nor the state that
+        # all share: a teacher's code may seed it.
+        self._draw = random.Random()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
@@ -84,8 +87,7 @@ class Gate:
             await self._app(scope, receive, send)
             return
         asked = Headers(scope=scope).get("x-request-id", "")
-        # Not from the system: for it the interpreter is given up, and got back after a wait. It is no secret.
-        visit = Visit(asked if _REQUEST_ID.fullmatch(asked) else f"{random.getrandbits(128):032x}")
+        visit = Visit(asked if _REQUEST_ID.fullmatch(asked) else f"{self._draw.getrandbits(128):032x}")
         visit.method = scope["method"] if scope["method"] in _METHODS else "other"
         scope.setdefault("state", {}).update(request_id=visit.request_id, visit=visit)
         door = _Door(self._service, visit, scope, receive, send)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import Iterator, Sequence
 
 from fastapi import Response
@@ -25,11 +24,13 @@ class LargeResponse(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI; the server waits here for a client that reads slowly, and others have their turn between slices."""
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        left = deque(_slices(self._pieces))
-        while len(left) > 1:
-            await send({"type": "http.response.body", "body": left.popleft(), "more_body": True})
+        slices = _slices(self._pieces)
+        body = next(slices, b"")
+        for following in slices:
+            await send({"type": "http.response.body", "body": body, "more_body": True})
             await asyncio.sleep(0)
-        await send({"type": "http.response.body", "body": left.popleft() if left else b""})
+            body = following
+        await send({"type": "http.response.body", "body": body})
 
 
 def _slices(pieces: Sequence[bytes]) -> Iterator[bytes]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -95,8 +95,13 @@ class Answer:
 
     @property
     def size(self) -> int:
-        """Bytes of the tensors, and a few for each item."""
-        return sum(value.nbytes for value in self.tensors.values()) + 16 * len(self.status)
+        """As of `bytes_of`."""
+        return bytes_of(self.tensors.values(), len(self.status))
+
+
+def bytes_of(tensors: Iterable[Tensor], items: int) -> int:
+    """What it takes to go over tensors, with a few bytes for each item."""
+    return sum(value.nbytes for value in tensors) + 16 * items
 
 
 def assembled(plan: Plan, parts: Sequence[Part], failed: Mapping[int, Status]) -> Answer:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from teacher_cache.addition import Addition
 from teacher_cache.agreement import NOISE, disagreement
-from teacher_cache.errors import MismatchError, StorageError, TeacherCacheError
+from teacher_cache.errors import MismatchError, TeacherCacheError
 from teacher_cache.plan import Opened
 from teacher_cache.problem import Problem, problem_of
 from teacher_cache.reader import Cache
@@ -74,8 +74,6 @@ def recompute(cache: Cache, sample: dict[int, dict[int, list[int]]]) -> Recomput
             job = job_again(cache, cache.manifest.additions[place])
             for view, rows in views.items():
                 _recompute_view(cache, job, view, rows, done)
-    except StorageError:
-        raise
     except TeacherCacheError as error:
         done.problems.append(problem_of(error))
     finally:
@@ -95,8 +93,6 @@ def _recompute_view(cache: Cache, job: Job, view: int, sampled: list[int], done:
         row = min(left)
         try:
             again = answer_again(job, view, row)
-        except StorageError:
-            raise
         except TeacherCacheError as error:
             # The rows beside it meet the same error.
             if (problem := problem_of(error)) not in done.problems:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from teacher_cache.addition import Addition, TableRef
 from teacher_cache.encodings.constants import needs_constants
-from teacher_cache.errors import SpecError, StorageError, TeacherCacheError
+from teacher_cache.errors import SpecError, TeacherCacheError
 from teacher_cache.fingerprint import key_digests
 from teacher_cache.index import Index
 from teacher_cache.manifest import MANIFEST, Manifest
@@ -41,8 +41,6 @@ def structure(cache: Cache) -> Iterator[Problem]:
             yield Problem(place, what, _SIGNED)
     except SpecError as error:
         yield Problem(MANIFEST, f"its spec cannot be read: {error}", _SIGNED)
-    except StorageError:
-        raise
     except TeacherCacheError as error:
         yield problem_of(error)
 

@@ -166,11 +166,11 @@ class Trouble:
         if self.struck:
             return self.struck == f"{method} {path}"
         self.seen += 1
-        if self.lasting and self.seen > self.after:
-            self.struck = f"{method} {path}"
-            return True
         late = self.seen - self.after - 1
-        return late >= 0 and late % self.every == 0 and late // self.every < self.times
+        fails = late >= 0 and late % self.every == 0 and late // self.every < self.times
+        if fails and self.lasting:
+            self.struck = f"{method} {path}"
+        return fails
 
 
 @dataclass

@@ -7,6 +7,7 @@ import http.client
 import io
 import json
 import math
+import random
 import struct
 import threading
 import time
@@ -450,7 +451,11 @@ def test_damaged_pictures_are_answered_or_refused(client: httpx.Client, place: i
 
 def test_request_ids_are_echoed_or_made(client: httpx.Client) -> None:
     assert client.get("/livez", headers={"X-Request-Id": "my-1.a_B"}).headers["x-request-id"] == "my-1.a_B"
-    made = [client.get("/livez", headers={"X-Request-Id": "a b<"}).headers["x-request-id"] for _ in range(2)]
+    made = []
+    for _ in range(2):
+        # A teacher's own code may do this.
+        random.seed(1)
+        made.append(client.get("/livez", headers={"X-Request-Id": "a b<"}).headers["x-request-id"])
     assert made[0] != made[1]
     assert "<" not in made[0]
 

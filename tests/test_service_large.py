@@ -103,3 +103,24 @@ def test_an_answer_leaves_in_slices_and_others_have_their_turn(sizes: list[int])
     assert all(len(one["body"]) <= SLICE for one in bodies)
     assert [one.get("more_body", False) for one in bodies] == [True] * (len(bodies) - 1) + [False]
     assert turns >= len(bodies) - 1
+
+
+def test_no_slice_is_cut_long_before_it_leaves() -> None:
+    """Else all of a large answer would be copied in one go."""
+    cut: list[slice] = []
+
+    class Piece(bytes):
+        def __getitem__(self, part: Any) -> Any:
+            cut.append(part)
+            return super().__getitem__(part)
+
+    async def send(_message: Any) -> None:
+        sent.append(len(cut))
+
+    async def receive() -> dict[str, Any]:
+        raise AssertionError("nothing is to be received")
+
+    sent: list[int] = []
+    asyncio.run(LargeResponse([Piece(5 * SLICE)], "text/plain")({"type": "http"}, receive, send))
+    # The head; then each with the one behind it, which tells whether there is more.
+    assert sent == [0, 2, 3, 4, 5, 5]
