@@ -16,14 +16,16 @@ from typer.core import TyperGroup
 from services.app import create_app
 from services.books import Books
 from services.commands import audit, keys
+from services.device_process import teachers_apart
 from services.logs import Level, logging_to
 from services.predict_command import predict
 from services.server import LOOPBACK, bind, run
 from services.settings import Settings
-from services.teachers import open_served
+from services.teachers import open_served, servable
 from services.transport import KEY_VARIABLE
 from teacher_cache import console
 from teacher_cache.errors import SpecError
+from teacher_cache.plan import load_here
 from teacher_cache.spec import BuildSpec, load_spec, parse
 
 _SERVICE = "service."
@@ -67,7 +69,11 @@ def serve(
         if settings.admin_port is not None:
             admin = opened.enter_context(bind(LOOPBACK, settings.admin_port, "service.admin_port"))
         books = opened.enter_context(contextlib.closing(Books(settings)))
-        teachers = [open_served(spec, from_cache=settings.from_cache) for spec in specs]
+        loads = opened.enter_context(teachers_apart(specs)) if settings.apart else [load_here for _ in specs]
+        teachers = [
+            open_served(spec, from_cache=settings.from_cache, load=load)
+            for spec, load in zip(specs, loads, strict=True)
+        ]
         app = create_app({served.name: served for served in teachers}, settings, books)
         address = f"[{host}]" if ":" in host else host
         for served in teachers:
@@ -84,7 +90,7 @@ def _specs(configs: list[Path], overrides: list[str], name: str | None) -> list[
         hint = "Set teacher.name in each configuration."
         raise SpecError("--name", "names one teacher", f"{name} for {len(configs)} configurations", hint)
     named = [] if name is None else [f"teacher.name={json.dumps(name)}"]
-    specs = [load_spec(config, [*overrides, *named]) for config in configs]
+    specs = [servable(load_spec(config, [*overrides, *named])) for config in configs]
     names = [spec.teacher.name for spec in specs]
     twice = next((one for one in names if names.count(one) > 1), None)
     if twice is not None:

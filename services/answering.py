@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Awaitable, Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
-from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,10 +24,9 @@ from services.schemas import CacheUse
 from services.status import Answer, Part, Plan, Question, Status, assembled, bytes_of
 from services.teachers import ServedTeacher
 from services.timing import Spent
+from services.waiting import together, unless_stopped
 from services.work import Fields, TeacherFailed
 from teacher_cache.errors import TeacherCacheError
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +88,7 @@ class Desk:
         """
         if self.strict and plan.unanswered:
             raise _unanswered(plan.unanswered)
-        kept = await together([self._look(question) for question in plan.questions])
+        kept = await self._look_for(plan.questions)
         left = [question for question, found in zip(plan.questions, kept, strict=True) if found is None]
         failed: dict[int, Status] = {}
         computed: list[list[_Found]] = []
@@ -99,7 +96,7 @@ class Desk:
             # Nothing is refused for want of room that is there already.
             images = sum(len(question.images_BCHW) for question in left)
             self.batcher.require_room(self.caller, images, self.deadline)
-            computed = await together([self._ask(question, failed) for question in left])
+            computed = await together(self._ask(question, failed) for question in left)
         there = [*(found for found in kept if found is not None), *chain.from_iterable(computed)]
         answer = await beside(partial(self._assembled, plan, there, failed), _size(plan, there))
         if answer.without and (self.strict or len(answer.without) == plan.items):
@@ -121,10 +118,14 @@ class Desk:
         except TeacherCacheError:
             raise _no_journal("must be readable", "it is not") from None
 
+    async def _look_for(self, questions: Sequence[Question]) -> list[_Found | None]:
+        """What the journal has of each."""
+        if self.kept is None or self.use not in ("prefer", "only"):
+            return [None for _ in questions]
+        return await together(self._look(question) for question in questions)
+
     async def _look(self, question: Question) -> _Found | None:
         """What the journal has of a question; None where that is not all."""
-        if self.kept is None or self.use not in ("prefer", "only"):
-            return None
         fields = await asyncio.to_thread(self._found, question)
         if len(fields) < len(self.wanted.fields):
             return None
@@ -172,34 +173,6 @@ def _size(plan: Plan, there: Sequence[_Found]) -> int:
     fields = [value for found in there for value in found.fields.values()]
     parts = [value for part in plan.parts for value in part.tensors.values()]
     return bytes_of((*fields, *parts), plan.items)
-
-
-async def together(work: Sequence[Awaitable[T]]) -> list[T]:
-    """All results in order; where one fails the others are cancelled, and have ended, before that is told."""
-    tasks = [asyncio.ensure_future(each) for each in work]
-    try:
-        return list(await asyncio.gather(*tasks))
-    except BaseException:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        raise
-
-
-async def unless_stopped(asked: Future[T]) -> T:
-    """A future's result; cancelled with whoever waits. Where the service has cancelled it, a 503 `Problem`."""
-    answer: asyncio.Future[Any] = asyncio.wrap_future(asked)
-    try:
-        found: T = await answer
-        return found
-    except asyncio.CancelledError:
-        task = asyncio.current_task()
-        if task is None or task.cancelling():
-            raise
-        headers = {"Retry-After": "1"}
-        raise Problem(503, "server", "must be running", "stopping", "Try again.", headers) from None
-    finally:
-        answer.cancel()
 
 
 _REASONS = {

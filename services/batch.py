@@ -29,9 +29,8 @@ class Placed:
 class Batch:
     """Used again and again. Not thread-safe: it has one owner at a time."""
 
-    def __init__(self, micro_batch: int, view_shape: tuple[int, int, int], device: str) -> None:
-        # From pinned memory a GPU fetches it without a copy on the way.
-        self.views_BCHW = torch.zeros((micro_batch, *view_shape), dtype=torch.uint8, pin_memory=device == "cuda")
+    def __init__(self, micro_batch: int, view_shape: tuple[int, int, int], pinned: bool) -> None:
+        self.views_BCHW = torch.zeros((micro_batch, *view_shape), dtype=torch.uint8, pin_memory=pinned)
         """Zeros where nothing lies."""
         self.placed: list[Placed] = []
         self._dirty = 0

@@ -1,7 +1,8 @@
 """Where work is done that blocks: beside the event loop, or on it where to hand it over would take longer.
 
-A thread has to be woken for it, and the loop to be told; beside a model that asks for the interpreter after each of its
-operations that is a good part of a millisecond, at each of a request's steps. A few images are parsed in a tenth of it.
+A thread has to be woken for it, and the loop to be told; on busy cores, and more so beside a model that asks for the
+same interpreter after each of its operations, that is a good part of a millisecond, at each of a request's steps. A few
+images are parsed in a tenth of it.
 """
 
 from __future__ import annotations

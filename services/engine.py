@@ -39,7 +39,7 @@ class Engine:
             changed: its lock; notified whenever something changes that a thread may wait for.
         """
         self._served, self._backlog, self._changed = served, backlog, changed
-        batches = (Batch(served.micro_batch, served.view_shape, served.device) for _ in range(2))
+        batches = (Batch(served.micro_batch, served.view_shape, served.pinned) for _ in range(2))
         self._between, self._inside = Between(next(batches), backlog), next(batches)
         assistant = Assistant(self._between, backlog, changed)
         self._threads_before = 1

@@ -57,12 +57,27 @@ def facts(visit: Visit) -> dict[str, Any]:
     }
 
 
+class Apart(Exception):  # noqa: N818 - never raised, only a cause
+    """Where in another process an error was raised, as `frames_of` tells it there."""
+
+    def __init__(self, at: tuple[str, ...]) -> None:
+        self.at = at
+        super().__init__(*at)
+
+
+def frames_of(error: BaseException) -> list[str]:
+    """Where an error was raised: file, line and function, outermost first."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return [f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in frames]
+
+
 def log_failure(what: str, error: BaseException) -> None:
     """Logs an error that a request met: its type, and where. Its message, which may quote the request, at `debug`."""
-    frames = traceback.extract_tb(error.__traceback__)
-    at = [f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in frames]
+    at = frames_of(error)
+    if isinstance(error.__cause__, Apart):
+        at += error.__cause__.at
     _defects.error("%s: %s in %s", what, type(error).__name__, at[-1], extra={"facts": {"at": at}})
     _defects.debug("%s: %r", what, error)
 
 
-__all__ = ["facts", "log_failure", "log_visit"]
+__all__ = ["Apart", "facts", "frames_of", "log_failure", "log_visit"]

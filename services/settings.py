@@ -34,6 +34,9 @@ class Settings(Strict):
     from_cache: bool = Field(default=True, description="answer from the configuration's cache what it holds")
     journal: Path | None = Field(default=None, description="folder in which computed answers are kept for a build")
     journal_bytes: int = Field(default=2**30, gt=0, description="of the journal; beyond them nothing more is kept")
+    apart: bool = Field(
+        default=True, description="whether each device's models run in a process of their own, not beside HTTP"
+    )
     page: bool = Field(default=True, description="whether there is a page for people at `/`")
     drain_seconds: float = Field(
         default=1.0, ge=0, le=600, description="from SIGTERM (readyz turns 503) to the closed door"

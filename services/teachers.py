@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from services.device_process import Load, ProcessTeacher
 from services.library import Library
 from services.policy import Policy
 from services.same_teacher import key_of
@@ -16,7 +17,7 @@ from services.settings import Settings
 from teacher_cache.addition import Addition
 from teacher_cache.errors import CacheNotFoundError, TeacherError
 from teacher_cache.manifest import read_manifest
-from teacher_cache.plan import first_views, fitted, open_parts, probe
+from teacher_cache.plan import first_views, fitted, load_here, open_parts, probe
 from teacher_cache.spec import BuildSpec, FieldSpec, NormalizeSpec, base_of
 from teacher_cache.storage.root import open_root
 from teacher_cache.teachers import Teacher, resolve_device
@@ -58,6 +59,11 @@ class ServedTeacher:
     def view_bytes(self) -> int:
         """Of one uint8 input."""
         return math.prod(self.view_shape)
+
+    @property
+    def pinned(self) -> bool:
+        """Whether its inputs wait in memory that a GPU fetches without a copy on the way."""
+        return self.device == "cuda" and not isinstance(self.teacher, ProcessTeacher)
 
     @property
     def digest(self) -> str:
@@ -125,16 +131,17 @@ def _allowed(dataset: DatasetCard | None, policy: Policy, fields: list[str]) -> 
     return dataset.model_copy(update={"encodings": encodings})
 
 
-def _require_servable(spec: BuildSpec) -> None:
+def servable(spec: BuildSpec) -> BuildSpec:
+    """A build's configuration as it is served: `logits` and `logits@small` are one answer, kept in two ways.
+
+    Raises:
+        TeacherError: a field cannot be served, or is pooled in two ways.
+    """
     reasons = {"flow": "a request names its fields with commas between them", "saliency": "requests bring no labels"}
     for name in spec.teacher.fields:
         reason = reasons.get(base_of(name).partition(":")[0])
         if reason is not None:
             raise TeacherError(f"teacher.fields.{name}", f"cannot be served: {reason}", name, "Leave it out.")
-
-
-def _without_labels(spec: BuildSpec) -> BuildSpec:
-    """The teacher's own fields: `logits` and `logits@small` are one answer, kept in two ways."""
     fields: dict[str, FieldSpec] = {}
     for name, given in spec.teacher.fields.items():
         known = fields.setdefault(base_of(name), FieldSpec(pool=given.pool))
@@ -153,20 +160,20 @@ def _built_before(spec: BuildSpec) -> list[Addition]:
     return [item for item in manifest.additions if item.teacher == spec.teacher.name]
 
 
-def open_served(spec: BuildSpec, *, from_cache: bool = True) -> ServedTeacher:
+def open_served(spec: BuildSpec, *, from_cache: bool = True, load: Load = load_here) -> ServedTeacher:
     """The teacher of a build's configuration, probed once; its source gives the class names.
 
     Args:
         spec: the configuration.
         from_cache: whether what its cache holds may be answered from there.
+        load: gives the teacher itself; `teachers_apart` has it in another process.
 
     Raises:
         RequestError: the source, the recipe or the teacher cannot be opened, or they do not fit.
         CacheError: the cache is not this configuration's, or cannot be trusted.
     """
-    _require_servable(spec)
-    spec = _without_labels(spec)
-    opened = open_parts(spec)
+    spec = servable(spec)
+    opened = open_parts(spec, load)
     _, views = first_views(opened)
     _, channels, height, width = views.pixels_BCHW.shape
     shape = (channels, height, width)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -46,8 +46,21 @@ class Opened:
         return self.loader.views(decoded, view)
 
 
-def open_parts(spec: BuildSpec) -> Opened:
+def load_here(spec: BuildSpec, recipe: Recipe) -> Teacher:
+    """The teacher of a configuration, in this process.
+
+    Raises:
+        TeacherError: it cannot be loaded.
+    """
+    return load_teacher(spec.teacher, recipe.normalize, resolve_device(spec.compute.device))
+
+
+def open_parts(spec: BuildSpec, load: Callable[[BuildSpec, Recipe], Teacher] = load_here) -> Opened:
     """Opens source, recipe and teacher.
+
+    Args:
+        spec: names them.
+        load: gives the teacher; called when the others are open.
 
     Raises:
         RequestError: one of them cannot be opened, or two keys of the source share a digest.
@@ -59,7 +72,7 @@ def open_parts(spec: BuildSpec) -> Opened:
         hint = "Rename one of the two samples; this happens about once in 2⁶⁴ pairs."
         raise SourceError("source", "gives two keys one 64-bit digest", "collision", hint)
     recipe = open_recipe(spec.views)
-    teacher = load_teacher(spec.teacher, recipe.normalize, resolve_device(spec.compute.device))
+    teacher = load(spec, recipe)
     loader = ViewLoader(recipe, digests, source.item)
     return Opened(spec, source, digests, recipe, teacher, loader)
 

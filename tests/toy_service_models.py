@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import signal
 import socket
 import threading
 import time
@@ -67,6 +69,47 @@ class SlowNet(ColourNet):
     def forward(self, images_BCHW: Tensor) -> Tensor:
         time.sleep(0.5)
         return super().forward(images_BCHW)
+
+
+class WhereNet(nn.Module):
+    """Answers in which process and in which thread it runs, and how often it was asked."""
+
+    calls = 0
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        self.calls += 1
+        here = (os.getpid(), threading.get_native_id(), self.calls)
+        return torch.tensor([[*here, *[0] * (CLASSES - len(here))]] * len(images_BCHW), dtype=torch.float32)
+
+
+class FussyNet(ColourNet):
+    """Fails in its own way on a view whose first pixel says so; black ones pass."""
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        first_B = (images_BCHW[:, 0, 0, 0] * 255).round()
+        failures = (_OddError(), torch.OutOfMemoryError("too large"), SystemExit(3), ArithmeticError("poison"))
+        for number, error in enumerate(failures, 1):
+            if (first_B == number).any():
+                raise error
+        if (first_B == 5).any():
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().forward(images_BCHW)
+
+
+class _OddError(Exception):
+    """Holds what cannot be sent to another process."""
+
+    def __init__(self) -> None:
+        super().__init__("odd")
+        self.lock = threading.Lock()
+
+
+class KilledNet(nn.Module):
+    """Its process does not survive loading it."""
+
+    def __init__(self) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+        super().__init__()
 
 
 @dataclass

@@ -2,11 +2,11 @@
 
     python tests/benchmarks/bench_event_loop.py [--json]
 
-A server in a second process, with a key, books on a disk and an audit. On its loop a heartbeat sleeps for a
-millisecond again and again and keeps the largest delay beyond that; this process sends each kind of request many times,
-from several threads, and asks for it afterwards. The time in which the loop's thread was ready and had no CPU (Linux's
-schedstat) is taken off; what remains of a busy machine, where a thread with the interpreter's lock has no CPU, is in
-the row `nothing` too.
+A server in a second process, its model in a third, with a key, books on a disk and an audit. On its loop a heartbeat
+sleeps for a millisecond again and again and keeps the largest delay beyond that; this process sends each kind of
+request many times, from several threads, and asks for it afterwards. The time in which the loop's thread was ready and
+had no CPU (Linux's schedstat) is taken off; what remains is what the loop itself computes at a stretch, told apart,
+and its waiting for the interpreter, which on a busy machine a thread may have that has no CPU.
 """
 
 from __future__ import annotations
@@ -25,40 +25,59 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import httpx
+import numpy as np
 import torch
 import uvicorn
 from bench_views import Rows, run
 from starlette.types import Receive, Scope, Send
-from torch import Tensor
+from torch import Tensor, nn
 
 from services import keys
 from services.app import create_app
+from services.device_process import teachers_apart
 from services.pauses import short_pauses
 from services.policy import Policy
+from services.server import HTTP
 from services.settings import Settings
 from services.state_folder import StateFolder
-from services.teachers import ServedTeacher
+from services.teachers import open_served, servable
 from services.wire import pack_images
+from teacher_cache.spec import BuildSpec, parse
 
 SHAPE, CLASSES, SIZE = (3, 64, 64), 1000, 64
 BODY = 64 * 2**20
 Ask = Callable[[httpx.Client], httpx.Response]
 
 
-class Projection:
-    """A teacher that costs little: a thousand classes from the first thousand pixels."""
+class Projection(nn.Module):
+    """A model that costs little: a thousand classes from the first thousand pixels."""
 
-    fingerprint, fields = "0" * 64, ("logits",)
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        """float [B, 3, 64, 64] to [B, CLASSES]."""
+        return images_BCHW.flatten(1)[:, :CLASSES] * 36
 
-    def __call__(self, views_BCHW: Tensor) -> dict[str, Tensor]:
-        return {"logits": views_BCHW.flatten(1)[:, :CLASSES].float() / 7}
+
+def configuration(folder: Path) -> BuildSpec:
+    """It, with one image as its data."""
+    np.save(folder / "images.npy", np.zeros((1, *SHAPE[1:], 3), np.uint8))
+    described = {
+        "cache": str(folder / "cache"),
+        "source": {"kind": "numpy", "images": str(folder / "images.npy")},
+        "views": {"recipe": [{"normalize": {"mean": [0.5] * 3, "std": [0.25] * 3}}]},
+        "teacher": {"name": "toy", "model": "bench_event_loop:Projection", "micro_batch": SIZE},
+        "compute": {"device": "cpu", "threads": 1},
+    }
+    return servable(parse(BuildSpec, described, "benchmark"))
 
 
 class Heartbeat:
-    """Runs on the server's loop; `GET /gap` answers the largest delay since the last time, in milliseconds."""
+    """Runs on the server's loop; `GET /gap` answers the largest since the last time, in milliseconds.
+
+    Two of them: the delay of a beat, and what of a delay the loop's own thread has computed.
+    """
 
     def __init__(self, app: Callable[[Scope, Receive, Send], object]) -> None:
-        self._app, self._largest = app, 0.0
+        self._app, self._largest, self._own = app, 0.0, 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
@@ -66,7 +85,8 @@ class Heartbeat:
             async with self._beating():
                 await self._app(scope, receive, send)  # type: ignore[misc]
         elif scope.get("path") == "/gap":
-            body, self._largest = f"{self._largest * 1e3:.3f}".encode(), 0.0
+            body = f"{self._largest * 1e3:.3f} {self._own * 1e3:.3f}".encode()
+            self._largest = self._own = 0.0
             await send({"type": "http.response.start", "status": 200, "headers": []})
             await send({"type": "http.response.body", "body": body})
         else:
@@ -80,10 +100,11 @@ class Heartbeat:
 
     async def _beat(self) -> None:
         while True:
-            before, starved = time.monotonic(), _starved()
+            before, starved, own = time.monotonic(), _starved(), time.thread_time()
             await asyncio.sleep(0.001)
             gap = time.monotonic() - before - 0.001
             self._largest = max(self._largest, gap - (_starved() - starved))
+            self._own = max(self._own, time.thread_time() - own)
 
 
 def _starved() -> float:
@@ -94,16 +115,18 @@ def _starved() -> float:
 def serve(folder: Path, told: Connection) -> None:
     """In the second process."""
     torch.set_num_threads(1)
-    found = StateFolder(folder)
+    spec, state = configuration(folder), folder / "state"
     policy = Policy(distinct_images=10**9, images_per_day=10**9)
-    key = keys.add(found, "bench", policy)
-    served = ServedTeacher("toy", Projection(), SHAPE, SIZE, None, {"logits": (CLASSES,)}, {"logits": "none"})
-    settings = Settings(state=folder, max_images=BODY // served.view_bytes, queue_images=10**6, queue_bytes=2**34)
-    app = Heartbeat(create_app({"toy": served}, settings))
-    with short_pauses(), socket.socket(proto=socket.IPPROTO_TCP) as listener:
+    key = keys.add(StateFolder(state), "bench", policy)
+    with teachers_apart([spec]) as (load,), socket.socket(proto=socket.IPPROTO_TCP) as listener:
+        served = open_served(spec, load=load)
+        settings = Settings(state=state, max_images=BODY // served.view_bytes, queue_images=10**6, queue_bytes=2**34)
+        app = Heartbeat(create_app({"toy": served}, settings))
         listener.bind(("127.0.0.1", 0))
+        listener.listen()
         told.send((f"http://127.0.0.1:{listener.getsockname()[1]}", key))
-        uvicorn.Server(uvicorn.Config(app, log_level="critical", ws="none")).run(sockets=[listener])
+        with short_pauses():
+            uvicorn.Server(uvicorn.Config(app, http=HTTP, log_level="critical", ws="none")).run(sockets=[listener])
 
 
 @contextlib.contextmanager
@@ -111,7 +134,7 @@ def served() -> Iterator[httpx.Client]:
     """A server that is ready, and a client with its key."""
     ours, theirs = multiprocessing.Pipe()
     with tempfile.TemporaryDirectory() as folder:
-        process = multiprocessing.get_context("spawn").Process(target=serve, args=(Path(folder) / "state", theirs))
+        process = multiprocessing.get_context("spawn").Process(target=serve, args=(Path(folder), theirs))
         process.start()
         url, key = ours.recv()
         headers = {"Authorization": f"Bearer {key}"}
@@ -159,15 +182,21 @@ def _post(path: str, body: bytes, headers: dict[str, str], **options: str | int)
 def gap(client: httpx.Client, label: str, ask: Ask, rounds: int) -> Rows:
     """The largest delay of each round: what a kind of request does to the loop is in all of them, noise in some."""
     at_once = 2 if "1,0" in label or "64" in label else 8
-    gaps, started = [], time.monotonic()
+    gaps, owns, started = [], [], time.monotonic()
     with ThreadPoolExecutor(at_once) as pool:
         for _ in range(rounds):
             client.get("/gap")
             statuses = {one.status_code for one in pool.map(lambda _: ask(client), range(at_once))}
-            gaps.append(float(client.get("/gap").text))
+            delay, own = map(float, client.get("/gap").text.split())
+            gaps.append(delay)
+            owns.append(own)
     each = (time.monotonic() - started) / rounds / at_once
-    shown = " / ".join(f"{value:.1f}" for value in (min(gaps), statistics.median(gaps), max(gaps)))
-    return {label: f"{shown} ms: least, median and most of {rounds} rounds ({each * 1e3:.1f} ms a request, {statuses})"}
+    shown, itself = (
+        " / ".join(f"{value:.1f}" for value in (min(values), statistics.median(values), max(values)))
+        for values in (gaps, owns)
+    )
+    rest = f"least, median and most of {rounds} rounds ({each * 1e3:.1f} ms a request, {statuses})"
+    return {label: f"{shown} ms, itself {itself}: {rest}"}
 
 
 def rows() -> Iterator[Callable[[int], Rows]]:

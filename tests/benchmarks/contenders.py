@@ -120,8 +120,11 @@ class Ours:
         return int(float(found[1])) if found else 0
 
     def resident(self) -> int:
-        """Bytes of memory."""
-        return int(Path(f"/proc/{self.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        """Bytes of memory, of the server and of the processes that have its models."""
+        pids = [str(self.pid)]
+        for path in Path(f"/proc/{self.pid}/task").glob("*/children"):
+            pids += path.read_text().split()
+        return sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in pids) * os.sysconf("SC_PAGE_SIZE")
 
 
 @contextlib.contextmanager
