@@ -211,8 +211,10 @@ def test_a_poisoned_piece_fails_alone_and_the_log_says_where(
     assert any("forward.py" in frame for frame in record.facts["at"])  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("number", [3, 5], ids=["it exits", "it is killed"])
-def test_a_model_that_ends_its_process_ends_the_service_and_nobody_waits(tmp_path: Path, number: int) -> None:
+@pytest.mark.parametrize(("number", "why"), [(3, "SystemExit"), (5, "TeacherGone")], ids=["it exits", "it is killed"])
+def test_a_model_that_ends_its_process_ends_the_service_and_nobody_waits(
+    tmp_path: Path, number: int, why: str, caplog: pytest.LogCaptureFixture
+) -> None:
     spec = spec_of(tmp_path, "fussy")
     with teachers_apart([spec]) as (load,):
         app = create_app({"fussy": served(load, spec)}, Settings())
@@ -232,6 +234,8 @@ def test_a_model_that_ends_its_process_ends_the_service_and_nobody_waits(tmp_pat
                 app.state.service.teachers["fussy"].teacher(views(8))
             said = httpx.get(f"{url}/livez")
             assert (said.status_code, "thread of fussy has died" in said.text) == (503, True)
+    (record,) = [record for record in caplog.records if "has died" in record.message]
+    assert record.message.startswith(f"the thread of teacher fussy has died: {why} in ")
 
 
 def test_a_process_that_dies_while_loading_is_said_in_one_line(
