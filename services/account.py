@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from teacher_cache.errors import BudgetError
 from teacher_cache.service_spec import BudgetSpec
+from teacher_cache.teachers.base import Bill
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,14 @@ class Account:
             return "max_images" if budget.max_images == most else "max_spend", "images", self.images, most
         return None
 
+    def bill(self, budget: BudgetSpec) -> Bill:
+        """What whoever pays should know."""
+        price = budget.price_per_image
+        spent = None if price is None else str(self.images * price)
+        return Bill(self.requests, self.images, spent, self.notes(budget))
+
     def notes(self, budget: BudgetSpec) -> tuple[str, ...]:
-        """What whoever pays should know, where there is anything to know."""
+        """What was lost, where anything was."""
         found = []
         if self.lost_requests:
             cost = "" if budget.price_per_image is None else f" ({self.lost_images * budget.price_per_image})"

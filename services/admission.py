@@ -50,7 +50,7 @@ async def admit(
 ) -> tuple[bytes, ...]:
     """The one door before compute: a request that is parsed may go on, and what it costs is set aside.
 
-    The gate settles when the answer leaves, and gives back when none does; `pay_for` makes it less.
+    The gate settles when the answer leaves, and gives back when none does; `Books.reduce` makes it less.
 
     Args:
         request: its visit is filled in.

@@ -19,6 +19,7 @@ from teacher_cache.errors import TeacherError
 from teacher_cache.service_spec import BudgetSpec
 from teacher_cache.spec import NormalizeSpec, TeacherSpec, base_of
 from teacher_cache.teachers import ViewNames
+from teacher_cache.teachers.base import Bill
 
 _FAULTS = 4
 """Tries of one question that may fail on the way, for each replica."""
@@ -116,13 +117,13 @@ class HttpTeacher:
         finally:
             self._questions.hurry.clear()
 
-    def settle(self, forget: bool) -> tuple[str, ...]:
-        """Lets the journal's answers go, where it is told to; the account stays."""
+    def settle(self, forget: bool) -> Bill | None:
+        """Lets the journal's answers go, where it is told to; the account stays. None where nothing is counted."""
         if self._journal is None:
-            return ()
+            return None
         if forget:
             self._journal.forget()
-        return self._journal.account().notes(self._budget)
+        return self._journal.account().bill(self._budget)
 
     def close(self) -> None:
         """Closes connections and journal; also done when the teacher is forgotten."""

@@ -13,7 +13,7 @@ import torch
 
 from teacher_cache.addition import Addition
 from teacher_cache.begin import Beginning, begin, found_manifest, go_on, prepare
-from teacher_cache.build_report import BuildReport, report_of
+from teacher_cache.build_report import BuildReport, report_of, with_bill
 from teacher_cache.builder import Builder
 from teacher_cache.claims import Claims
 from teacher_cache.errors import BuildError, SpecError, TeacherCacheError
@@ -78,7 +78,7 @@ def build(
                 else:
                     with Lease(root, join) as lease:
                         report = _build(root, opened, beginning, lease, executor, counter)
-                return replace(report, warnings=(*report.warnings, *settle(spec, opened.teacher)))
+                return with_bill(report, settle(spec, opened.teacher))
     finally:
         torch.set_num_threads(threads)
 

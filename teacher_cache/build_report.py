@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from teacher_cache.begin import Beginning
 from teacher_cache.encodings import fidelity
@@ -10,6 +10,7 @@ from teacher_cache.plan import Prospect
 from teacher_cache.samples import Samples
 from teacher_cache.spec import is_logits
 from teacher_cache.storage.root import Root
+from teacher_cache.teachers.base import Bill
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class BuildReport:
     """(key, reason) of samples that could not be decoded."""
     fidelity: dict[str, dict[str, float]]
     warnings: tuple[str, ...]
+    paid: dict[str, int | str] | None = None
+    """Of a teacher over HTTP: requests and images that all builds with this journal have asked for, and their price."""
 
     @property
     def rows_per_second(self) -> float:
@@ -65,6 +68,16 @@ def report_of(root: Root, beginning: Beginning, shards: int, rows: int, seconds:
         },
         warnings=_warnings(seen, accuracy),
     )
+
+
+def with_bill(report: BuildReport, bill: Bill | None) -> BuildReport:
+    """The same report, with what whoever pays should know."""
+    if bill is None:
+        return report
+    paid: dict[str, int | str] = {"requests": bill.requests, "images": bill.images}
+    if bill.spent is not None:
+        paid["spent"] = bill.spent
+    return replace(report, paid=paid, warnings=(*report.warnings, *bill.notes))
 
 
 def _warnings(seen: Prospect, accuracy: float | None) -> tuple[str, ...]:

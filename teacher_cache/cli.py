@@ -127,6 +127,7 @@ def build(
         "bytes": console.size(report.bytes),
         "teacher accuracy": _percent(report.teacher_accuracy),
         "tombstones": len(report.tombstones),
+        "asked of the service": _paid(report.paid),
         **{f"fidelity of {field}": _figures(found) for field, found in report.fidelity.items()},
     }
     console.print_facts("built", facts)
@@ -135,6 +136,13 @@ def build(
 
 def _percent(share: float | None) -> str | None:
     return None if share is None else f"{share:.2%}"
+
+
+def _paid(found: dict[str, int | str] | None) -> str | None:
+    if found is None:
+        return None
+    price = f" for {found['spent']}" if "spent" in found else ""
+    return f"{found['requests']:,} requests of {found['images']:,} images{price}, by all builds with this journal"
 
 
 def _figures(found: dict[str, float]) -> str:

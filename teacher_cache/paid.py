@@ -11,6 +11,7 @@ from teacher_cache.spec import BuildSpec
 from teacher_cache.storage.local_root import LocalRoot
 from teacher_cache.storage.root import open_root
 from teacher_cache.teachers import RemoteTeacher, Teacher
+from teacher_cache.teachers.base import Bill
 
 
 def with_journal(spec: BuildSpec) -> BuildSpec:
@@ -35,7 +36,7 @@ def with_journal(spec: BuildSpec) -> BuildSpec:
     return spec.model_copy(update={"teacher": named})
 
 
-def settle(spec: BuildSpec, teacher: Teacher) -> tuple[str, ...]:
+def settle(spec: BuildSpec, teacher: Teacher) -> Bill | None:
     """The cache holds all answers now; a journal that the configuration names is the user's, and stays as it is.
 
     Args:
@@ -43,9 +44,9 @@ def settle(spec: BuildSpec, teacher: Teacher) -> tuple[str, ...]:
         teacher: that was asked.
 
     Returns:
-        What whoever pays should know.
+        What whoever pays should know; None for a teacher of this process.
     """
-    return teacher.settle(spec.teacher.journal is None) if isinstance(teacher, RemoteTeacher) else ()
+    return teacher.settle(spec.teacher.journal is None) if isinstance(teacher, RemoteTeacher) else None
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from toy_builds import addition_of
 from toy_faults import FATES, Fate, Faulty, seeded
 from toy_service_models import ToyTeacher, colour_spec, open_gate, running, toy_logits, toy_served, views, wait_until
@@ -26,6 +28,7 @@ from services.policy import Policy
 from services.same_teacher import key_of
 from services.settings import Settings
 from services.teachers import ServedTeacher, open_served
+from teacher_cache import cli
 from teacher_cache.cost import estimate
 from teacher_cache.errors import BudgetError, BuildError, ServiceError, SpecError, TeacherError
 from teacher_cache.paid import with_journal
@@ -132,9 +135,12 @@ def test_each_image_is_paid_once_and_the_bits_are_the_local_ones(folder: Path, t
     assert report.warnings == tc.build(colour_spec(folder, "local"), executor="serial").warnings
     journal = tmp_path / "cache.journal"
     assert accounts(journal) == Account(QUESTIONS, 8 * QUESTIONS)
+    assert report.paid == {"requests": QUESTIONS, "images": 8 * QUESTIONS}
     assert kept_answers(journal) == 0, "they are in the cache now"
-    tc.build(spec_of(folder, tmp_path / "cache", url), executor="serial")
+    priced = spec_of(folder, tmp_path / "cache", url, budget={"price_per_image": "0.05"})
+    report = tc.build(priced, executor="serial")
     assert sum(faulty.computed.values()) == QUESTIONS, "a look at a sealed cache costs nothing"
+    assert report.paid == {"requests": QUESTIONS, "images": 8 * QUESTIONS, "spent": f"{0.4 * QUESTIONS:.2f}"}
 
 
 @pytest.mark.parametrize("concurrency", [1, 2, 8])
@@ -550,3 +556,24 @@ def test_our_own_budget_is_the_same_at_every_replica(
     tc.build(spec_of(folder, tmp_path / "cache", first, replicas=[second], concurrency=1), executor="serial")
     assert 0.123 in waits
     assert one.fates["429"] == 1
+
+
+def test_the_command_says_what_was_asked_for(
+    folder: Path, tmp_path: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url, _ = serve()
+    spec, config = spec_of(folder, tmp_path / "cache", url), tmp_path / "build.yaml"
+    described = spec.model_dump(mode="json")
+    described["teacher"]["budget"] = {"price_per_image": "0.05"}
+    config.write_text(yaml.safe_dump(described))
+    said = []
+    for more in ([], ["--json"]):
+        monkeypatch.setattr("sys.argv", ["teacher-cache", "build", str(config), "--executor", "serial", *more])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert not ended.value.code
+        said.append(capsys.readouterr().out)
+    assert f"{QUESTIONS} requests of {8 * QUESTIONS} images for 4.00, by all builds with this journal" in " ".join(
+        said[0].replace("│", " ").split()
+    )
+    assert json.loads(said[1])["paid"] == {"requests": QUESTIONS, "images": 8 * QUESTIONS, "spent": "4.00"}

@@ -100,6 +100,20 @@ class Teacher(Protocol):
         """
 
 
+@dataclass(frozen=True)
+class Bill:
+    """What a remote teacher was asked for, by all builds that keep its answers in one place."""
+
+    requests: int
+    """Answered, or perhaps answered and lost."""
+    images: int
+    """In them, with the black ones that fill up."""
+    spent: str | None
+    """For them, in the unit of the price; None where no price is known."""
+    notes: tuple[str, ...]
+    """What was lost, where anything was."""
+
+
 @runtime_checkable
 class RemoteTeacher(Teacher, Protocol):
     """A teacher whose answers come over a network and may cost something.
@@ -128,12 +142,12 @@ class RemoteTeacher(Teacher, Protocol):
     def close(self) -> None:
         """Drains, and gives back what is open; nothing is asked afterwards."""
 
-    def settle(self, forget: bool, /) -> tuple[str, ...]:
+    def settle(self, forget: bool, /) -> Bill | None:
         """All that was asked for is in a sealed cache.
 
         Args:
             forget: whether the answers may go, which are kept until then.
 
         Returns:
-            What whoever pays should know.
+            What whoever pays should know; None where nothing is counted.
         """

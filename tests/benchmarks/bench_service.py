@@ -53,21 +53,26 @@ class Bench:
     seconds: float
     rounds: int
 
-    def throughput(self) -> Iterator[tuple[int, dict[str, list[float]]]]:
-        """For each number of images of a request what all of them reach, in images a second."""
+    def throughput(self) -> Iterator[tuple[int, dict[str, list[float]], list[float]]]:
+        """For each number of images of a request what all of them reach, in images a second, and how busy we were."""
         for images in GOALS:
-            views_BCHW = self.case.images(images)
-            rates = {
-                "bare loop": self.bare,
-                "service": asked(self.load, self.ours.question(views_BCHW), self.case, images),
-            }
+            views_BCHW, shares = self.case.images(images), list[float]()
+            service = asked(self.load, self.ours.question(views_BCHW), self.case, images)
+            rates = {"bare loop": self.bare, "service": self._watched(service, shares)}
             with contextlib.ExitStack() as running:
                 for kind, folder in self.others.items():
                     served = serve_other(kind, folder, self.config, views_BCHW, self.case.micro_batch)
                     rates[kind] = asked(self.load, running.enter_context(served), self.case, images)
                 # A request of several batches takes so long that a short turn sees too few.
                 longer = 2 if images > 4 * self.case.micro_batch else 1
-                yield images, in_turns(self.rounds, self.seconds * longer, rates)
+                yield images, in_turns(self.rounds, self.seconds * longer, rates), shares
+
+    def _watched(self, rate: Rate, shares: list[float]) -> Rate:
+        def watched(seconds: float) -> float:
+            with self.ours.busy(shares):
+                return rate(seconds)
+
+        return watched
 
     def identical(self) -> str:
         """A hundred callers with the same image."""
@@ -110,13 +115,14 @@ def measured(bench: Bench) -> Rows:
     """All rows of one teacher."""
     found: Rows = {}
     all_bare: list[float] = []
-    for images, reached in bench.throughput():
+    for images, reached, shares in bench.throughput():
         bare = reached.pop("bare loop")
         all_bare += bare
         for name, ours in reached.items():
             goal = f", goal ≥ {GOALS[images]:.2f}" if name == "service" else ""
             each = f"{statistics.median(ours):.0f} of {statistics.median(bare):.0f} images/s"
             found[f"{images} images a request: {name} / bare loop"] = f"{ratio(ours, bare):.3f} ({each}{goal})"
+        found[f"{images} images a request: share of the time in the model"] = f"{statistics.median(shares):.3f}"
     batch, views_BCHW = bench.case.micro_batch / statistics.median(all_bare), bench.case.images(8)
     # Anew: on a machine that others use, what it was minutes ago tells little.
     closed = asked(bench.load, bench.ours.question(views_BCHW), bench.case, 8)

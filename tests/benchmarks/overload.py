@@ -47,7 +47,8 @@ def overload(load: LoadGenerator, ours: Ours, views_BCHW: Tensor, closed: Rate, 
     images, deadline = len(views_BCHW), math.ceil(10 * batch * 10) / 10
     with Resident(ours) as before:
         capacity = closed(seconds / 3)
-    with Resident(ours) as during:
+    shares = list[float]()
+    with Resident(ours) as during, ours.busy(shares):
         answers = load.run(ours.question(views_BCHW, deadline), Open(TIMES * capacity / images, seconds))
     given = [answer for answer in answers if answer.status == 200]
     good = [answer for answer in given if answer.seconds <= deadline]
@@ -58,6 +59,7 @@ def overload(load: LoadGenerator, ours: Ours, views_BCHW: Tensor, closed: Rate, 
     by_status = ", ".join(f"{count} × {status}" for status, count in sorted(statuses(answers).items()))
     return {
         f"{label}: goodput / capacity, goal ≥ 0.95": f"{inside / around:.3f} of {around:.0f} images/s ({by_status})",
+        f"{label}: share of the time in the model, as long as answers came": f"{shares[0]:.3f}",
         f"{label}: answers inside their deadline, goal ≥ 99 %": f"{len(good) / max(1, len(given)):.2%}",
         f"{label}: p99 of refusals, goal ≤ 50 ms": f"{_ms(refused, 0.99)} (median {_ms(refused, 0.5)})",
         f"{label}: growth of memory, goal ≤ 64 MB": f"{(during.most - before.most) / 2**20:.0f} MB",
