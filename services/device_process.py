@@ -27,8 +27,8 @@ from teacher_cache.views import Recipe
 
 Load = Callable[[BuildSpec, Recipe], Teacher]
 """What `open_parts` calls for a teacher."""
-_LAST_BATCH_SECONDS = 30.0
-"""That a process may take to end, which it does between two batches."""
+_END_SECONDS = 5.0
+"""That a process may take to end by itself, between two batches; nothing is lost with it."""
 
 
 class TeacherGone(BaseException):
@@ -125,11 +125,19 @@ def teachers_apart(specs: Sequence[BuildSpec]) -> Iterator[list[Load]]:
             theirs.close()
         yield [_waiting(ours) for ours, _ in pairs]
     except TeacherGone as gone:
+        for ours, _ in pairs:
+            ours.close()
         for process in processes:
-            process.join(_LAST_BATCH_SECONDS)
+            process.join(_END_SECONDS)
         codes = ", ".join(f"{process.name} with {process.exitcode}" for process in processes)
         hint = "The kernel's log says whether it took too much memory; -9 is a kill."
         raise TeacherError("teacher.model", "must load and run, and its process has ended", codes, hint) from gone
+    except BaseException:
+        # Nobody waits for what is being loaded.
+        for process in processes:
+            if process.pid is not None:
+                process.kill()
+        raise
     finally:
         for ours, _ in pairs:
             ours.close()
@@ -154,7 +162,7 @@ def _blocked(*signals: signal.Signals) -> Iterator[None]:
 def _end(process: BaseProcess) -> None:
     if process.pid is None:
         return
-    process.join(_LAST_BATCH_SECONDS)
+    process.join(_END_SECONDS)
     if process.is_alive():
         process.kill()
         process.join()

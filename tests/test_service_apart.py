@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import CancelledError
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -141,6 +142,16 @@ def test_it_runs_on_as_many_threads_as_its_configuration_says(
     for _ in range(2):
         for threads in (1, 2):
             assert torch.equal(teachers[f"wide-{threads}"](views(8))["logits"], expected[threads - 1])
+
+
+def test_only_a_process_that_talks_to_the_gpu_pins_memory(
+    specs: dict[str, BuildSpec], teachers: dict[str, Teacher]
+) -> None:
+    """To pin it, a process needs a context on the GPU: the one that speaks HTTP has none."""
+    here = open_served(specs["colour"])
+    assert not here.pinned
+    assert replace(here, device="cuda").pinned
+    assert not replace(here, device="cuda", teacher=teachers["colour"]).pinned
 
 
 # ---------------------------------------------------------------- errors

@@ -27,6 +27,7 @@ from services.client import Prediction, TeacherClient
 from services.server import LOOPBACK, bind
 
 TESTS = str(Path(__file__).parent)
+HERE = ("--set", "service.apart=false")
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +56,8 @@ def command(config: Path, *arguments: str, key: str | None = None) -> subprocess
 
 @contextmanager
 def started(config: Path, *arguments: str, key: str | None = None) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """A running server and the URL that it printed."""
-    process = command(config, "--port", "0", *arguments, key=key)
+    """A running server and the URL that it printed; its model is beside it (`test_service_apart` has it elsewhere)."""
+    process = command(config, "--port", "0", *HERE, *arguments, key=key)
     try:
         assert process.stdout is not None
         line = process.stdout.readline()
@@ -242,7 +243,10 @@ def test_a_port_in_use_is_said_at_once(
         (["--host", "0.0.0.0"], "host: needs an api_key"),
         (["--host", "192.0.2.1"], "host: needs an api_key"),
         (["--set", "service.max_imgaes=3"], "Did you mean `max_images`?"),
-        (["--set", "service.max_images=4", "--port", "0"], "max_images: must allow a whole micro-batch"),
+        (
+            ["--set", "service.max_images=4", "--port", "0", "--set", "service.apart=false"],
+            "max_images: must allow a whole micro-batch",
+        ),
         (["--set", "service.max_images"], "--set: must be KEY=VALUE"),
         (["--set", "service.port=9"], "--set"),
         (["--set", "service.state=folder"], "--state"),
@@ -251,7 +255,10 @@ def test_a_port_in_use_is_said_at_once(
         (["--name", "no/slash"], "teacher.name"),
         (["SAME"], "teacher.name: must be another for each teacher"),
         (["SAME", "--name", "mine"], "--name: names one teacher"),
-        (["--set", "service.queue_bytes=9", "--port", "0"], "queue_bytes: must hold the largest request to colour"),
+        (
+            ["--set", "service.queue_bytes=9", "--port", "0", "--set", "service.apart=false"],
+            "queue_bytes: must hold the largest request to colour",
+        ),
         (["--port", "65536"], "port"),
     ],
 )
