@@ -15,6 +15,7 @@ from toy_service_models import CLASSES, ToyTeacher, toy_served
 
 from services import responding
 from services.answers import top_k
+from services.large_response import SLICE
 from services.schemas import Predictions
 from services.status import Answer, Status
 
@@ -70,6 +71,16 @@ def test_no_call_writes_more_than_a_few_numbers(monkeypatch: pytest.MonkeyPatch)
         return to_json(value, **options)
 
     monkeypatch.setattr(responding, "to_json", counted)
-    document = written(Answer({"values": torch.rand(200, 1000)}, [Status.COMPUTED] * 200, {}, {}), "logits")
-    assert len(json.loads(document)["values"]) == 200
-    assert 1000 <= max(sizes) <= responding._AT_ONCE
+    document = written(Answer({"values": torch.rand(2000, 100)}, [Status.COMPUTED] * 2000, {}, {}), "logits")
+    assert len(json.loads(document)["values"]) == 2000
+    assert responding._AT_ONCE // 2 <= max(sizes) <= responding._AT_ONCE
+
+
+def test_few_rows_are_no_write_of_their_own() -> None:
+    """A thousand writes of 20 kB would take the event loop longer than eighty of 256 kB."""
+    answer = Answer({"values": torch.rand(2000, 100)}, [Status.COMPUTED] * 2000, {}, {})
+    about = {**ABOUT, "output": "logits"}
+    sizes = [len(piece) for piece in responding.pieces_of(answer, toy_served(ToyTeacher()), about)]
+    assert len(sizes) > 3
+    assert max(sizes) <= SLICE
+    assert min(sizes[:-1]) > 0.9 * SLICE
