@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -55,7 +55,8 @@ class ProcessTeacher:
         self._asked, self._views, self._answer = asked, torch.empty(0, dtype=torch.uint8), Fields()
         known = self._said()
         assert isinstance(known, Known), "a worker begins with what it has"
-        self.fingerprint, self.fields, self.device, self.threads = known.facts
+        self.fingerprint, self.fields = known.fingerprint, known.fields
+        self.device, self.threads = known.device, known.threads
 
     def __call__(self, views_BCHW: Tensor, labels_B: Tensor | None = None) -> Fields:
         """uint8 views to float32 fields on the CPU, as the teacher itself answers.
@@ -106,27 +107,20 @@ def teachers_apart(specs: Sequence[BuildSpec]) -> Iterator[list[Load]]:
     Raises:
         TeacherError: a device is not there; or, while this context lasts, `TeacherGone` was raised in it.
     """
-    devices = [resolve_device(spec.compute.device) for spec in specs]
-    context = torch.multiprocessing.get_context("spawn")
-    pairs = [context.Pipe() for _ in specs]
-    processes = []
-    for device in dict.fromkeys(devices):
-        mine = [number for number, one in enumerate(devices) if one == device]
-        given = [(specs[number], pairs[number][1]) for number in mine]
-        processes.append(context.Process(target=attend_all, args=(given,), name=f"device-{device}"))
+    by_device: dict[str, list[tuple[BuildSpec, Connection]]] = {}
+    asking = list[Connection]()
+    for spec in specs:
+        ours, theirs = torch.multiprocessing.Pipe()
+        asking.append(ours)
+        by_device.setdefault(resolve_device(spec.compute.device), []).append((spec, theirs))
+    processes = list[BaseProcess]()
     try:
-        # The first `start` would start it, and unblock on its way.
-        resource_tracker.ensure_running()
-        # A signal to the whole group, such as Ctrl-C, is for this process: it drains, and needs the others until then.
-        with _blocked(signal.SIGINT, signal.SIGTERM):
-            for process in processes:
-                process.start()
-        for _, theirs in pairs:
-            theirs.close()
-        yield [_waiting(ours) for ours, _ in pairs]
+        with contextlib.ExitStack() as open_ones:
+            for ours in asking:
+                open_ones.enter_context(ours)
+            processes += _started(by_device)
+            yield [_waiting(ours) for ours in asking]
     except TeacherGone as gone:
-        for ours, _ in pairs:
-            ours.close()
         for process in processes:
             process.join(_END_SECONDS)
         codes = ", ".join(f"{process.name} with {process.exitcode}" for process in processes)
@@ -135,14 +129,26 @@ def teachers_apart(specs: Sequence[BuildSpec]) -> Iterator[list[Load]]:
     except BaseException:
         # Nobody waits for what is being loaded.
         for process in processes:
-            if process.pid is not None:
-                process.kill()
+            process.kill()
         raise
     finally:
-        for ours, _ in pairs:
-            ours.close()
         for process in processes:
             _end(process)
+
+
+def _started(by_device: Mapping[str, Sequence[tuple[BuildSpec, Connection]]]) -> list[BaseProcess]:
+    context = torch.multiprocessing.get_context("spawn")
+    found: list[BaseProcess] = []
+    # The first `start` would start it, and unblock on its way.
+    resource_tracker.ensure_running()
+    # A signal to the whole group, such as Ctrl-C, is for this process: it drains, and needs the others until then.
+    with _blocked(signal.SIGINT, signal.SIGTERM):
+        for device, given in by_device.items():
+            found.append(context.Process(target=attend_all, args=(given,), name=f"device-{device}"))
+            found[-1].start()
+            for _, theirs in given:
+                theirs.close()
+    return found
 
 
 def _waiting(ours: Connection) -> Load:
@@ -160,8 +166,6 @@ def _blocked(*signals: signal.Signals) -> Iterator[None]:
 
 
 def _end(process: BaseProcess) -> None:
-    if process.pid is None:
-        return
     process.join(_END_SECONDS)
     if process.is_alive():
         process.kill()

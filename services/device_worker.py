@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import pickle
 import threading
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from multiprocessing.connection import Connection
 
 import torch
 
+from services.pauses import own_threads, set_aside
 from services.request_log import frames_of
 from services.work import Fields
 from teacher_cache.plan import load_here
@@ -28,11 +28,6 @@ class Known:
     fields: tuple[str, ...]
     device: str
     threads: int | None
-
-    @property
-    def facts(self) -> tuple[str, tuple[str, ...], str, int | None]:
-        """All of it."""
-        return self.fingerprint, self.fields, self.device, self.threads
 
 
 @dataclass(frozen=True)
@@ -74,9 +69,7 @@ def attend_all(given: Sequence[tuple[BuildSpec, Connection]]) -> None:
 
 def _attend(spec: BuildSpec, asked: Connection, loading: threading.Lock) -> None:
     """One teacher, from loading to the last question."""
-    # torch gives a thread that has never asked whatever number was set last, by any thread: so ask, then set.
-    torch.get_num_threads()
-    torch.set_num_threads(spec.compute.threads)
+    own_threads(spec.compute.threads)
     # Where the other end is closed nobody is left to answer, or to tell.
     with asked, contextlib.suppress(EOFError, OSError):
         try:
@@ -87,9 +80,7 @@ def _attend(spec: BuildSpec, asked: Connection, loading: threading.Lock) -> None
             asked.send(Failed.of(error))
             return
         asked.send(Known(teacher.fingerprint, teacher.fields, teacher.device, teacher.threads))
-        # What is there now stays: a full collection that walks over it would hold up a batch.
-        gc.collect()
-        gc.freeze()
+        set_aside()
         _answer(teacher, asked)
 
 

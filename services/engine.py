@@ -20,6 +20,7 @@ from services.backlog import Backlog
 from services.batch import Batch
 from services.forward import answers, forward
 from services.load import Load
+from services.pauses import own_threads
 from services.request_log import log_failure
 from services.teachers import ServedTeacher
 from services.work import TeacherFailed
@@ -82,9 +83,7 @@ class Engine:
     # ---------------------------------------------------------------- at the model
 
     def _run(self) -> None:
-        # torch gives a thread that has never asked whatever number was set last, by any thread: so ask, then set.
-        torch.get_num_threads()
-        torch.set_num_threads(self._served.threads)
+        own_threads(self._served.threads)
         try:
             self._warm_up()
             while (batch := self._next()) is not None:

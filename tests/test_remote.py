@@ -517,7 +517,7 @@ def test_a_store_that_is_gone_has_altered_nothing(
         tc.open(url)
     between.troubles.clear()
     assert dense(cache, "logits", 1, range(3)) == dense(tc.open(built), "logits", 1, range(3))
-    for act in (tc.repair, lambda place: tc.verify(place, recompute=8, views="all")):
+    for act in (tc.verify, tc.repair, lambda place: tc.verify(place, recompute=8, views="all")):
         # Without the copies of before, which would not be asked for again.
         _folder_of.cache_clear()
         between.requests.clear()

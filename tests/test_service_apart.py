@@ -7,7 +7,6 @@ import logging
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import CancelledError
@@ -19,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from test_service_command import refused
+from test_service_command import ended, refused, started
 from toy_service_models import colour_spec, running, views, wait_until
 
 from services.app import create_app
@@ -36,6 +35,7 @@ from teacher_cache.spec import BuildSpec
 from teacher_cache.teachers import Teacher
 from teacher_cache.views import open_recipe
 
+APART = ("--set", "service.apart=true")
 MODELS = {
     "colour": "ColourNet",
     "fussy": "FussyNet",
@@ -188,11 +188,6 @@ def test_one_that_cannot_be_loaded_says_so_as_it_would_here(
     assert len(teachers["colour"](views(2))["logits"]) == 2
 
 
-def served(load: Load, spec: BuildSpec) -> ServedTeacher:
-    """As the command opens it."""
-    return open_served(spec, load=load)
-
-
 @contextlib.contextmanager
 def batching(one: ServedTeacher) -> Iterator[Batcher]:
     """A warm batcher."""
@@ -208,7 +203,7 @@ def batching(one: ServedTeacher) -> Iterator[Batcher]:
 def test_a_poisoned_piece_fails_alone_and_the_log_says_where(
     specs: dict[str, BuildSpec], teachers: dict[str, Teacher], caplog: pytest.LogCaptureFixture
 ) -> None:
-    one = served(lambda _spec, _recipe: teachers["fussy"], specs["fussy"])
+    one = open_served(specs["fussy"], load=lambda _spec, _recipe: teachers["fussy"])
     assert isinstance(one.teacher, ProcessTeacher)
     good = views(3, 5) | 8
     with batching(one) as batcher, caplog.at_level(logging.ERROR, "services"):
@@ -228,7 +223,7 @@ def test_a_model_that_ends_its_process_ends_the_service_and_nobody_waits(
 ) -> None:
     spec = spec_of(tmp_path, "fussy")
     with teachers_apart([spec]) as (load,):
-        app = create_app({"fussy": served(load, spec)}, Settings())
+        app = create_app({"fussy": open_served(spec, load=load)}, Settings())
         batcher = app.state.service.batchers["fussy"]
         with running(app) as url:
             wait_until(lambda: httpx.get(f"{url}/readyz").status_code == 200)
@@ -265,51 +260,34 @@ def test_a_process_that_dies_while_loading_is_said_in_one_line(
 
 
 @contextlib.contextmanager
-def command(folder: Path, *arguments: str) -> Iterator[tuple[subprocess.Popen[str], str, int]]:
-    """A running server in a group of its own, its URL, and the process in which its model runs."""
+def where(folder: Path, *arguments: str) -> Iterator[tuple[subprocess.Popen[str], str, int]]:
+    """A running server, its URL, and the process in which its model runs."""
     path = folder / "where.yaml"
     path.write_text(yaml.safe_dump(spec_of(folder, "where").model_dump(mode="json")))
-    words = [sys.executable, "-m", "services", str(path), "--port", "0", "--log-level", "warning", *arguments]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    try:
-        assert process.stdout is not None
-        url = process.stdout.readline().rpartition(" at ")[2].strip()
-        assert url.startswith("http://"), process.communicate()
-        wait_until(lambda: _ready(url), 60)
+    with started(path, "--log-level", "warning", *arguments) as (process, url):
         with TeacherClient(url) as client:
             found = client.predict(views(1)).values
         assert found is not None
         yield process, url, int(np.asarray(found)[0, 0])
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-
-
-def _ready(url: str) -> bool:
-    with contextlib.suppress(httpx.TransportError):
-        return httpx.get(f"{url.rpartition('/')[0]}/readyz").status_code == 200
-    return False
 
 
 def test_a_signal_to_the_whole_group_drains_and_leaves_no_process(tmp_path: Path) -> None:
-    with command(tmp_path, "--set", "service.drain_seconds=1") as (process, url, model):
+    with where(tmp_path, *APART, "--set", "service.drain_seconds=1") as (process, url, model):
         assert model != process.pid
         os.killpg(process.pid, signal.SIGTERM)
         time.sleep(0.3)
         with TeacherClient(url) as client:
             assert client.predict(views(1)).values is not None
-        assert process.communicate(timeout=60)[1] == ""
-        assert process.returncode == 0
+        assert ended(process) == (0, "")
         assert not Path(f"/proc/{model}").exists()
 
 
 def test_a_server_that_is_killed_takes_its_model_along(tmp_path: Path) -> None:
-    with command(tmp_path) as (process, _, model):
+    with where(tmp_path, *APART) as (process, _, model):
         process.kill()
         wait_until(lambda: not Path(f"/proc/{model}").exists())
 
 
 def test_a_setting_has_the_model_beside_http(tmp_path: Path) -> None:
-    with command(tmp_path, "--set", "service.apart=false") as (process, _, model):
+    with where(tmp_path) as (process, _, model):
         assert model == process.pid

@@ -40,7 +40,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command(config: Path, *arguments: str, key: str | None = None) -> subprocess.Popen[str]:
-    """Starts the command."""
+    """Starts the command, in a group of its own."""
     environment = {**os.environ, "PYTHONPATH": TESTS}
     environment.pop("TEACHER_API_KEY", None)
     if key is not None:
@@ -51,12 +51,13 @@ def command(config: Path, *arguments: str, key: str | None = None) -> subprocess
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
 
 
 @contextmanager
 def started(config: Path, *arguments: str, key: str | None = None) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """A running server and the URL that it printed; its model is beside it (`test_service_apart` has it elsewhere)."""
+    """A running server and the URL that it printed; its model is in the same process, unless another word is said."""
     process = command(config, "--port", "0", *HERE, *arguments, key=key)
     try:
         assert process.stdout is not None
@@ -244,7 +245,7 @@ def test_a_port_in_use_is_said_at_once(
         (["--host", "192.0.2.1"], "host: needs an api_key"),
         (["--set", "service.max_imgaes=3"], "Did you mean `max_images`?"),
         (
-            ["--set", "service.max_images=4", "--port", "0", "--set", "service.apart=false"],
+            [*HERE, "--set", "service.max_images=4", "--port", "0"],
             "max_images: must allow a whole micro-batch",
         ),
         (["--set", "service.max_images"], "--set: must be KEY=VALUE"),
@@ -256,7 +257,7 @@ def test_a_port_in_use_is_said_at_once(
         (["SAME"], "teacher.name: must be another for each teacher"),
         (["SAME", "--name", "mine"], "--name: names one teacher"),
         (
-            ["--set", "service.queue_bytes=9", "--port", "0", "--set", "service.apart=false"],
+            [*HERE, "--set", "service.queue_bytes=9", "--port", "0"],
             "queue_bytes: must hold the largest request to colour",
         ),
         (["--port", "65536"], "port"),

@@ -36,7 +36,7 @@ def test_results_come_in_order_and_others_have_turns_while_they_are_begun() -> N
     assert max(steps) <= 8
 
 
-def test_where_one_fails_the_others_have_ended_and_the_rest_is_not_begun() -> None:
+def test_where_one_fails_the_others_have_ended() -> None:
     begun, ended = list[int](), list[int]()
 
     async def work(number: int) -> None:

@@ -22,6 +22,7 @@ import torch
 from load_requests import Question
 from torch import Tensor
 
+from services.pauses import own_threads
 from services.wire import MEDIA_TYPE, pack_images
 from teacher_cache.plan import open_parts
 from teacher_cache.spec import load_spec
@@ -32,9 +33,7 @@ Call = Callable[[Tensor], dict[str, Tensor]]
 
 def teacher_of(config: str) -> tuple[Call, tuple[int, int, int]]:
     """A configuration's teacher on one thread, and the (C, H, W) of its inputs."""
-    # A thread that has never asked gets whatever number was set last, so ask, then set.
-    torch.get_num_threads()
-    torch.set_num_threads(1)
+    own_threads(1)
     opened = open_parts(load_spec(Path(config), []))
     channels, height, width = opened.source.item(0).image_CHW.shape
     return opened.teacher, (channels, height, width)
