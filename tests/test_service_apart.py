@@ -41,6 +41,8 @@ MODELS = {
     "fussy": "FussyNet",
     "where": "WhereNet",
     "there": "WhereNet",
+    "drawn": "DrawnNet",
+    "drawn-too": "DrawnNet",
     "wide-1": "WideNet",
     "wide-2": "WideNet",
     "bad": "ColourNet",
@@ -107,6 +109,15 @@ def test_it_answers_with_the_bits_and_the_facts_of_one_in_this_process(
         for name, values in expected.items():
             assert torch.equal(found[name], values)
             assert found[name].dtype == values.dtype
+
+
+def test_what_they_draw_when_they_are_made_is_their_own(
+    specs: dict[str, BuildSpec], teachers: dict[str, Teacher]
+) -> None:
+    """All draw from one generator of their process."""
+    with torch.random.fork_rng(devices=[]):
+        here = loaded(load_here, specs["drawn"])
+    assert teachers["drawn"].fingerprint == teachers["drawn-too"].fingerprint == here.fingerprint
 
 
 def test_an_answer_stays_when_the_next_is_given(teachers: dict[str, Teacher]) -> None:

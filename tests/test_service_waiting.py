@@ -44,13 +44,14 @@ def test_where_one_fails_the_others_have_ended() -> None:
         try:
             if number == 9:
                 raise KeyError(number)
-            await asyncio.sleep(60)
+            await asyncio.Event().wait()
         finally:
             ended.append(number)
 
     async def run() -> int:
-        with pytest.raises(KeyError):
-            await together(work(number) for number in range(MANY))
+        async with asyncio.timeout(20):
+            with pytest.raises(KeyError):
+                await together(work(number) for number in range(MANY))
         return len(asyncio.all_tasks())
 
     assert asyncio.run(run()) == 1
@@ -63,7 +64,7 @@ def test_whoever_is_cancelled_meanwhile_takes_all_along() -> None:
     async def work(number: int) -> None:
         begun.append(number)
         try:
-            await asyncio.sleep(60)
+            await asyncio.Event().wait()
         finally:
             ended.append(number)
 
@@ -72,8 +73,8 @@ def test_whoever_is_cancelled_meanwhile_takes_all_along() -> None:
         while not begun:
             await asyncio.sleep(0)
         waiting.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await waiting
+        await asyncio.wait([waiting], timeout=20)
+        assert waiting.cancelled()
         return len(asyncio.all_tasks())
 
     assert asyncio.run(run()) == 1

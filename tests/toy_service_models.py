@@ -82,6 +82,17 @@ class WhereNet(nn.Module):
         return torch.tensor([[*here, *[0] * (CLASSES - len(here))]] * len(images_BCHW), dtype=torch.float32)
 
 
+class DrawnNet(ColourNet):
+    """Draws its weights from the generator that all of a process share, and not all at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(7)
+        self.conv.weight.data.normal_()
+        time.sleep(0.3)
+        self.head.weight.data.normal_()
+
+
 class FussyNet(ColourNet):
     """Fails in its own way on a view whose first pixel says so; black ones pass."""
 
